@@ -1,0 +1,196 @@
+"""The manifest: written last, it is what makes an artifact or a checkpoint complete.
+
+It lists every file with size and SHA-256, the identity that defines the artifact, and the digests of what it
+was made from. Names place artifacts; the fingerprint only tells that an identity has drifted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster.storage import CHUNK, FileEntry, Storage, StorageError, hash_stream
+
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+log = logging.getLogger(__name__)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass
+class Manifest:
+    """`identity` holds nested config fields, `upstream` digests such as {"ingest:base": "..."}; `seconds` of work."""
+
+    run: str
+    stage: str
+    files: list[FileEntry]
+    identity: dict[str, Any] = field(default_factory=dict)
+    upstream: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    created: str = field(default_factory=_now)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over identity and upstream."""
+        return _sha256({"identity": self.identity, "upstream": self.upstream})
+
+    def below(self, prefix: str = "") -> list[FileEntry]:
+        """The files in folder `prefix`, or all of them, sorted by path."""
+        start = f"{prefix.strip('/')}/" if prefix else ""
+        return sorted((f for f in self.files if f.path.startswith(start)), key=lambda f: f.path)
+
+    def digest(self, prefix: str = "") -> str:
+        """SHA-256 over the content below `prefix`; the metric log is left out, since it holds timings."""
+        return _sha256([[f.path, f.size, f.sha256] for f in self.below(prefix) if Path(f.path).name != METRICS])
+
+
+def write(storage: Storage, manifest: Manifest) -> None:
+    """Complete the artifact at `storage`; every file must have been uploaded before."""
+    storage.write_json(MANIFEST, asdict(manifest))
+
+
+def read(storage: Storage) -> Manifest | None:
+    """The manifest at `storage`, None when there is none; StorageError when it cannot be understood."""
+    try:
+        raw = storage.read_json(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return Manifest(**{**raw, "files": [FileEntry(**f) for f in raw["files"]]})
+    except (TypeError, KeyError) as error:
+        raise StorageError(f"{storage.uri}/{MANIFEST} is not a manifest of this version: {error!r}") from error
+
+
+def remove(storage: Storage) -> None:
+    """Delete an artifact or checkpoint, manifest first, so that a kill half-way leaves nothing that looks whole."""
+    storage.delete(MANIFEST)
+    storage.delete()
+
+
+def _recover(manifest: Manifest) -> str:
+    return f"Make it again with --force {manifest.stage}"
+
+
+def verify(storage: Storage, manifest: Manifest) -> None:
+    """Compare every file's size with the manifest; raises StorageError listing each that is missing or differs."""
+    there = storage.list()
+    faults = [
+        f"{f.path} is missing" if f.path not in there else f"{f.path} has {there[f.path]} bytes instead of {f.size}"
+        for f in manifest.files
+        if there.get(f.path) != f.size
+    ]
+    if faults:
+        raise StorageError(f"{storage.uri} is damaged or truncated: {'; '.join(faults)}. {_recover(manifest)}")
+
+
+def fetch(storage: Storage, prefix: str = "", cache: Path | None = None) -> Path:
+    """A local directory that holds the files of folder `prefix`, each SHA-256 checked.
+
+    Local storage is used in place. Remote files are downloaded below `cache` (default ~/.cache/fathom), and those
+    already there are kept. Raises StorageError for an incomplete artifact or a file that is not what was stored.
+    """
+    manifest = read(storage)
+    if manifest is None:
+        raise StorageError(f"{storage.uri} holds no complete artifact: it has no {MANIFEST}. Run its stage first")
+    entries = manifest.below(prefix)
+    if not entries:
+        raise StorageError(f"{storage.uri} has no files in {prefix or 'its root'}. {_recover(manifest)}")
+    local = storage.local_path
+    if local is not None:
+        root, get = local, _check
+    else:
+        cache = cache or Path.home() / ".cache" / "fathom"
+        root, get = cache / hashlib.sha256(storage.uri.encode()).hexdigest()[:16] / manifest.fingerprint[:16], _download
+
+    def one(entry: FileEntry) -> str | None:
+        return get(storage, entry, root / entry.path)
+
+    with ThreadPoolExecutor(8) as pool:
+        faults = [fault for fault in pool.map(one, entries) if fault]
+    if faults:
+        raise StorageError(f"{storage.uri} is damaged: {'; '.join(faults)}. {_recover(manifest)}")
+    return root / prefix
+
+
+def _check(storage: Storage, entry: FileEntry, path: Path) -> str | None:
+    """What is wrong with a local file; None when its SHA-256 is right."""
+    try:
+        with path.open("rb") as stream:
+            size, digest = hash_stream(stream)
+    except FileNotFoundError:
+        return f"{entry.path} is missing"
+    if (size, digest) == (entry.size, entry.sha256):
+        return None
+    return f"{entry.path} has {size} bytes, SHA-256 {digest[:12]} instead of {entry.size}, {entry.sha256[:12]}"
+
+
+def _download(storage: Storage, entry: FileEntry, path: Path) -> str | None:
+    if path.exists() and _check(storage, entry, path) is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        with storage.open_read(entry.path) as source, temporary.open("wb") as target:
+            while chunk := source.read(CHUNK):
+                target.write(chunk)
+        fault = _check(storage, entry, temporary)
+        if fault is None:
+            os.replace(temporary, path)
+        return fault
+    except FileNotFoundError:
+        return f"{entry.path} is missing"
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def drift(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+    """The fields that differ, one line each: "base.matrix_lr: 0.02 -> 0.03"."""
+    lines: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after, name = old.get(key, "unset"), new.get(key, "unset"), f"{where}{key}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += drift(before, after, f"{name}.")
+        elif before != after:
+            lines.append(f"{name}: {before} -> {after}")
+    return lines
+
+
+def checkpoint_path(step: int) -> str:
+    """Where a stage keeps the checkpoint taken after `step` optimizer steps."""
+    return f"{CHECKPOINTS}/step_{step:06d}"
+
+
+def checkpoints(stage: Storage) -> list[tuple[int, Storage]]:
+    """The checkpoints of a stage that have a manifest, oldest first."""
+    folders = [p.removesuffix(f"/{MANIFEST}") for p in stage.list(CHECKPOINTS) if p.endswith(f"/{MANIFEST}")]
+    return sorted(((int(f.removeprefix("step_")), stage.at(CHECKPOINTS, f)) for f in folders), key=lambda c: c[0])
+
+
+def latest_checkpoint(stage: Storage) -> tuple[int, Storage, Manifest] | None:
+    """The newest complete checkpoint; a damaged one is passed over with a warning, as resuming is exact from any."""
+    for step, storage in reversed(checkpoints(stage)):
+        try:
+            if (manifest := read(storage)) is not None:
+                verify(storage, manifest)
+                return step, storage, manifest
+        except StorageError as error:
+            log.warning("checkpoint %d is passed over: %s", step, error)
+    return None

@@ -1,0 +1,100 @@
+"""Chats as token ids. Special tokens mark who speaks; the loss mask marks what the model itself has to say.
+
+A conversation is `{"messages": [{"role", "content"}]}` with the roles system, user and assistant. The content is a
+string or a list of `{"type": "text" | "python" | "python_output", "text"}`: a call of the calculator and its result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from corpus.tokenizers import Tokenizer
+
+# part type: (opening token, closing token, does the model write it)
+_PARTS = {
+    "text": (None, None, True),
+    "python": ("<|python_start|>", "<|python_end|>", True),
+    "python_output": ("<|output_start|>", "<|output_end|>", False),
+}
+
+
+def from_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A conversation from a row with `messages`, or with `prompt` and `response`; else ValueError naming the keys."""
+    if isinstance(record.get("messages"), list):
+        return {"messages": record["messages"]}
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
+        user, assistant = record["prompt"], record["response"]
+        return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
+    keys = ", ".join(sorted(map(str, record))) or "no keys"
+    raise ValueError(f"not a conversation: the row has {keys}; it needs `messages`, or `prompt` and `response`")
+
+
+def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (n,) int64 and loss mask (n,) uint8, n <= max_len.
+
+    The mask is 1 on what the assistant writes (text, calls, `<|assistant_end|>`), 0 on everything it is given.
+    Later exchanges that do not fit are dropped whole; both arrays are empty when not even the first one fits.
+    Raises ValueError on a malformed message.
+    """
+    ids, mask, kept = [tokenizer.bos], [0], 0
+    for role, parts in _turns(conversation["messages"]):
+        turn_ids, turn_mask = _render_turn(role, parts, tokenizer)
+        ids += turn_ids
+        mask += turn_mask
+        if len(ids) > max_len:
+            break
+        if role == "assistant":
+            kept = len(ids)
+    return np.array(ids[:kept], dtype=np.int64), np.array(mask[:kept], dtype=np.uint8)
+
+
+def render_prompt(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
+    """Ids of the messages up to and including the `<|assistant_start|>` that the model answers after."""
+    ids = [tokenizer.bos]
+    for role, parts in _turns(messages):
+        ids += _render_turn(role, parts, tokenizer)[0]
+    return [*ids, tokenizer.special("<|assistant_start|>")]
+
+
+def _turns(messages: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, str]]]]:
+    """(role, parts) a turn; a system message becomes the head of the user message after it."""
+    turns: list[tuple[str, list[dict[str, str]]]] = []
+    system = ""
+    for message in messages:
+        if not isinstance(message, dict):
+            raise ValueError(f"a message must be an object with role and content, got {message!r}")
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"a message has the role {role!r}; the roles are system, user and assistant")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
+            raise ValueError(f"a message's content is neither text nor parts of {', '.join(_PARTS)}: {content!r}")
+        if role == "assistant":
+            turns.append((role, parts))
+            continue
+        text = "".join(part["text"] for part in parts)
+        if role == "system":
+            system += text + "\n\n"
+        else:
+            turns.append((role, [{"type": "text", "text": system + text}]))
+            system = ""
+    return turns
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in _PARTS and isinstance(part.get("text"), str)
+
+
+def _render_turn(role: str, parts: list[dict[str, str]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    ids, mask = [tokenizer.special(f"<|{role}_start|>")], [0]
+    written = role == "assistant"
+    for part in parts:
+        opening, closing, by_model = _PARTS[part["type"]]
+        piece = tokenizer.encode(part["text"])
+        if opening and closing:
+            piece = [tokenizer.special(opening), *piece, tokenizer.special(closing)]
+        ids += piece
+        mask += [int(written and by_model)] * len(piece)
+    return [*ids, tokenizer.special(f"<|{role}_end|>")], [*mask, int(written)]

@@ -1,0 +1,46 @@
+"""`fathom COMMAND` and `python -m pipeline.COMMAND`: one way in, one way for an error out."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "run": "train: every stage from raw text to reinforcement learning",
+    "plan": "what a run needs, how long it takes and what it costs",
+    "status": "the stages of a run, finished or not",
+    "doctor": "check that this machine can run Fathom",
+}
+HELP = "usage: fathom COMMAND [options]\n\n" + "".join(f"  {name:<8}{what}\n" for name, what in COMMANDS.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; 2 when there is no such command.
+
+    A user's error is one message and status 1; `--debug` shows the traceback instead.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in (["-h"], ["--help"]):
+        print(HELP, end="")
+        return 0
+    if not arguments or arguments[0] not in COMMANDS:
+        print(HELP, end="", file=sys.stderr)
+        return 2
+    name, *rest = arguments
+    command = importlib.import_module(f"pipeline.{name}")
+    try:
+        return int(command.main(rest))
+    except Exception as error:
+        if "--debug" in rest or not _is_users(error):
+            raise
+        # Ray wraps what a task raised; the cause alone has no remote traceback in its message.
+        print(f"fathom {name}: {getattr(error, 'cause', error)}", file=sys.stderr)
+        return 1
+
+
+def _is_users(error: Exception) -> bool:
+    from cluster.storage import StorageError
+    from pipeline.artifacts import RunHeldError
+
+    return isinstance(error, ValueError | OSError | StorageError | RunHeldError)

@@ -1,0 +1,218 @@
+"""The configuration tree: defaults derived from depth < preset TOML < command line.
+
+Imports neither torch nor ray, so that planning and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from cluster.storage import Storage
+from pipeline import scaling
+from stages.config import (
+    DataConfig,
+    EvaluateConfig,
+    IngestConfig,
+    ModelConfig,
+    RLConfig,
+    Section,
+    TokenizerConfig,
+    TrainConfig,
+    environment,
+)
+
+PRESETS = Path(__file__).parent / "presets"
+NONE, SYNTHETIC = "none", "synthetic"
+
+
+class ConfigError(ValueError):
+    """A mistake in flags, preset or --set; the message names the key, the value and what is allowed."""
+
+
+class Config(Section):
+    """Everything a run is made from; one section a stage."""
+
+    name: str = environment("run", "name of the run, its folder in storage")
+    preset: str | None = environment(None, "preset the run started from")
+    with_rl: bool = environment(False, "go on to reinforcement learning after SFT")
+    workers: int = environment(1, "training workers, one a device", ge=1)
+    storage: str = environment("./runs", "directory, s3:// or gs:// URI that holds the runs")
+    seed: int = Field(0, ge=0, description="seed of data order, initial weights and sampling")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    ingest: IngestConfig = IngestConfig()
+    base: TrainConfig = TrainConfig()
+    mid: TrainConfig = TrainConfig()
+    sft: TrainConfig = TrainConfig()
+    rl: RLConfig = RLConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def stage_names(config: Config) -> list[str]:
+    """The stages of a run in order, each evaluation after what it measures; without problems none are asked."""
+    names = ["tokenizer", "ingest"]
+    for stage in ("base", "mid", "sft", *(["rl"] if config.with_rl else [])):
+        names += [stage] if stage != "base" and config.data.gsm8k == NONE else [stage, f"evaluate_{stage}"]
+    return names
+
+
+def identity_of(stage: str, config: Config) -> dict[str, Any]:
+    """The fields that define a stage's own work, nested by section; what it is fed enters as upstream digests."""
+    if stage == "evaluate_base":
+        return {}
+    identity: dict[str, Any] = {"seed": config.seed}
+    if stage == "tokenizer":
+        corpus = {"corpus", "max_documents", "validation_documents", "synthetic_documents"}
+        identity["data"] = config.data.model_dump(mode="json", include=corpus)
+        identity["tokenizer"] = config.tokenizer.identity()
+        identity["model"] = {"vocab_size": config.model.vocab_size}
+    elif stage == "ingest":
+        identity["data"] = config.data.identity()
+        identity["ingest"] = config.ingest.identity()
+        identity["model"] = {"sequence_len": config.model.sequence_len}
+    else:
+        section = "evaluate" if stage.startswith("evaluate_") else stage
+        identity[section] = getattr(config, section).identity()
+        if stage == "base":
+            identity["model"] = config.model.identity()
+    return identity
+
+
+def dotted_keys(model: type[BaseModel] = Config, where: str = "") -> list[str]:
+    """Every key that --set and presets know, such as base.matrix_lr."""
+    keys: list[str] = []
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += dotted_keys(info.annotation, f"{where}{name}.")
+        else:
+            keys.append(where + name)
+    return keys
+
+
+def load_config(
+    preset: str | None = None, flags: dict[str, Any] | None = None, sets: list[str] | None = None
+) -> Config:
+    """Build the tree; `flags` is nested by section, `sets` holds "a.b=value" with TOML values or plain strings.
+
+    Raises ConfigError, one line a fault.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        values = _merge(_read_preset(preset), {"preset": preset})
+    for layer in (flags or {}, *(_parse_set(text) for text in sets or [])):
+        values = _merge(values, layer)
+    _refuse_unknown_keys(values)
+    checked = _validate(values)
+    values.setdefault("name", preset or f"d{checked.model.depth}")
+    values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
+    values = _merge(values, {"data": {f: absolute(getattr(checked.data, f)) for f in ("corpus", "chat", "gsm8k")}})
+    if checked.with_rl and checked.data.gsm8k == NONE:
+        raise ConfigError("--with-rl needs problems to train on: give --gsm8k a folder, hub:openai/gsm8k or synthetic")
+    try:
+        return _validate(_merge(scaling.derive(checked.model_dump(), values), values))
+    except scaling.DivisionError as error:
+        raise ConfigError(str(error)) from error
+
+
+def default_storage() -> str:
+    """./runs, except in a submitted Ray job: there the working directory is a copy that Ray deletes."""
+    return str(Path.home() / "runs") if "_ray_pkg_" in os.getcwd() else "./runs"
+
+
+def absolute(place: str) -> str:
+    """A local path made absolute, as stages run in other directories than the driver; anything else as it is."""
+    local = place not in (NONE, SYNTHETIC) and "://" not in place and not place.startswith("hub:")
+    return os.path.abspath(os.path.expanduser(place)) if local else place
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, dict) and isinstance(low.get(key), dict)
+        merged[key] = _merge(low[key], value) if both else value
+    return merged
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    known = sorted(p.stem for p in PRESETS.glob("*.toml"))
+    if name not in known:
+        raise ConfigError(f"unknown preset {name!r}; there are: {', '.join(known)}")
+    try:
+        return tomllib.loads((PRESETS / f"{name}.toml").read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"preset {name} is not valid TOML: {error}") from error
+
+
+def _parse_set(text: str) -> dict[str, Any]:
+    key, mark, value = text.partition("=")
+    if not mark or not key.strip():
+        raise ConfigError(f"--set {text!r} must be KEY=VALUE, such as --set base.total_batch_size=262144")
+    try:
+        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def _refuse_unknown_keys(values: dict[str, Any]) -> None:
+    known = dotted_keys()
+    sections = {key.partition(".")[0] for key in known if "." in key}
+
+    def given(tree: dict[str, Any], where: str = "") -> list[str]:
+        keys: list[str] = []
+        for name, value in tree.items():
+            keys += given(value, f"{where}{name}.") if isinstance(value, dict) and value else [where + name]
+        return keys
+
+    for key in given(values):
+        if key not in known and key not in sections:
+            nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.0)
+            raise ConfigError(f"unknown key {key!r}; did you mean {', '.join(nearest)}?")
+
+
+def _validate(values: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `run` and `plan` share; one not given leaves the preset's or derived value."""
+    known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
+    parser.add_argument("--preset", help=f"start from a preset: {known}")
+    parser.add_argument("--depth", type=int, help="the dial: layers; width, tokens and batch follow")
+    parser.add_argument("--with-rl", action=argparse.BooleanOptionalAction, help="go on to reinforcement learning")
+    parser.add_argument("--name", help="name of the run (default: the preset's name, or d<depth>)")
+    parser.add_argument(
+        "--storage", help="directory, s3:// or gs:// URI that holds the runs (default ./runs; ~/runs in a Ray job)"
+    )
+    parser.add_argument("--workers", type=int, help="training workers, one a device (default 1)")
+    parser.add_argument("--corpus", help="text to pretrain on: glob, directory, URI, hub:<dataset>, or synthetic")
+    parser.add_argument("--chat", help="conversations: JSONL or Parquet, hub:<dataset>, or none")
+    parser.add_argument("--gsm8k", help="folder with train.jsonl and test.jsonl, hub:openai/gsm8k, synthetic, or none")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key; repeatable")
+
+
+def config_from_args(args: argparse.Namespace) -> Config:
+    """The tree of a parsed command line; raises ConfigError."""
+    paths = {flag: (flag,) for flag in ("name", "storage", "workers", "with_rl")}
+    sections = {flag: ("data", flag) for flag in ("corpus", "chat", "gsm8k")} | {"depth": ("model", "depth")}
+    flags: dict[str, Any] = {}
+    for flag, path in (paths | sections).items():
+        if (value := getattr(args, flag)) is not None:
+            for part in reversed(path):
+                value = {part: value}
+            flags = _merge(flags, value)
+    return load_config(args.preset, flags, args.set)

@@ -1,0 +1,202 @@
+"""The stages of a run as Ray tasks: an ObjectRef from one to the next is an edge of the graph."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from cluster import manifest as manifests
+from cluster.resources import Devices
+from pipeline.artifacts import PROGRESS, RunStore, StageState
+from pipeline.config import Config, identity_of
+from stages.context import StageContext
+
+# What each stage reads: a stage, or a folder of its artifact. Only these enter its fingerprint.
+UPSTREAM = {
+    "tokenizer": (),
+    "ingest": ("tokenizer",),
+    "base": ("tokenizer", "ingest:base"),
+    "evaluate_base": ("tokenizer", "ingest:base", "base"),
+    "mid": ("tokenizer", "ingest:mid", "base"),
+    "evaluate_mid": ("ingest:task", "mid"),
+    "sft": ("tokenizer", "ingest:sft", "mid"),
+    "evaluate_sft": ("ingest:task", "sft"),
+    "rl": ("ingest:task", "sft"),
+    "evaluate_rl": ("ingest:task", "rl"),
+}
+
+
+class StageError(ValueError):
+    """The stages asked for cannot run as things stand; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage and what this command will do with it: "skip", "run", "resume", "check" (after what it reads is made
+    again) or "" when it was not asked for."""
+
+    state: StageState
+    action: str
+
+
+def upstream_names(name: str) -> list[str]:
+    return [part.partition(":")[0] for part in UPSTREAM[name]]
+
+
+def upstream_digests(store: RunStore, name: str) -> dict[str, str] | None:
+    """The digest of every part that a stage reads; None while one of them is not made."""
+    digests = {}
+    for part in UPSTREAM[name]:
+        stage, _, prefix = part.partition(":")
+        manifest = manifests.read(store.stage(stage))
+        if manifest is None:
+            return None
+        digests[part] = manifest.digest(prefix)
+    return digests
+
+
+def select(
+    names: Sequence[str], only: str | None, first: str | None, last: str | None, force: Sequence[str]
+) -> list[str]:
+    """The stages asked for by --only, --from and --until; raises StageError for a name that is not among `names`."""
+    for flag, value in [("--only", only), ("--from", first), ("--until", last), *(("--force", f) for f in force)]:
+        if value is not None and value not in names:
+            raise StageError(f"{flag} {value}: this run has no such stage; it has {', '.join(names)}")
+    if only:
+        return [only]
+    start = names.index(first) if first else 0
+    stop = names.index(last) + 1 if last else len(names)
+    if start >= stop:
+        raise StageError(f"--from {first} comes after --until {last}: nothing is left to run")
+    return list(names[start:stop])
+
+
+def plan(
+    store: RunStore, config: Config, names: Sequence[str], selected: Sequence[str], force: Sequence[str]
+) -> list[Planned]:
+    """What to do with each stage. Raises StageError when one has drifted, or reads what neither is made nor will be."""
+    planned: dict[str, Planned] = {}
+    drifted: list[str] = []
+    for name in names:
+        if name in force:
+            planned[name] = Planned(StageState(name, "fresh"), "run" if name in selected else "")
+            continue
+        remade = any(planned[u].action in ("run", "check") for u in upstream_names(name))
+        state = store.state(name, identity_of(name, config), None if remade else upstream_digests(store, name))
+        if name not in selected:
+            planned[name] = Planned(state, "")
+            continue
+        if state.state == "drifted":
+            drifted += [f"  {name}: {line}" for line in state.drift]
+        made = state.state == "done" or state.checkpoint_step is not None
+        action = "check" if made and remade else "skip" if state.state == "done" else "resume" if made else "run"
+        planned[name] = Planned(state, action)
+    if drifted:
+        changed = sorted({line.split(":")[0].strip() for line in drifted})
+        raise StageError(
+            f"run {store.run} was made with another configuration:\n" + "\n".join(drifted) + "\n"
+            f"make it again with --force {' --force '.join(changed)}, or keep it and start a new run with --name NAME"
+        )
+    for name in selected:
+        missing = [u for u in upstream_names(name) if planned[u].state.state != "done" and not planned[u].action]
+        if missing and planned[name].action != "skip":
+            raise StageError(f"{name} reads {missing[0]}, which is not made yet: run that first (--from {missing[0]})")
+    return list(planned.values())
+
+
+def reuse(store: RunStore, other: RunStore, config: Config, names: Sequence[str]) -> list[str]:
+    """Copies from another run every artifact that this run lacks and would make the same; returns their stages."""
+    copied = []
+    for name in names:
+        digests = upstream_digests(store, name)
+        mine, theirs = store.stage(name), other.stage(name)
+        manifest = manifests.read(theirs)
+        if digests is None or manifest is None or manifests.read(mine) is not None:
+            continue
+        if manifest.identity == identity_of(name, config) and manifest.upstream == digests:
+            mine.upload_tree(manifests.fetch(theirs))
+            manifests.write(mine, manifest)
+            copied.append(name)
+    return copied
+
+
+def submit(store: RunStore, config: Config, planned: Sequence[Planned], devices: Devices) -> dict[str, Any]:
+    """Starts every stage that has something to do; returns the reference of each by name."""
+    references: dict[str, Any] = {}
+    for item in planned:
+        name = item.state.name
+        if item.action in ("", "skip"):
+            continue
+        waits = [references[u] for u in upstream_names(name) if u in references]
+        gpus = 1 if devices.kind == "cuda" and name.startswith("evaluate") else 0
+        task = run_stage.options(name=f"stage:{name}", num_cpus=0, num_gpus=gpus, max_retries=0)
+        references[name] = task.remote(name, config, store.storage.uri, devices, item.action, *waits)
+    return references
+
+
+@ray.remote  # type: ignore[untyped-decorator]
+def run_stage(name: str, config: Config, run_uri: str, devices: Devices, action: str, *made_before: bool) -> bool:
+    """One stage, in a Ray task. Returns whether it made its artifact anew.
+
+    `made_before` are the results of the stages it reads; they are also what makes Ray wait for them.
+    """
+    logging.basicConfig(level=logging.INFO)
+    root, _, run = run_uri.rpartition("/")
+    store = RunStore(root, run)
+    digests = upstream_digests(store, name)
+    assert digests is not None
+    identity = identity_of(name, config)
+    state = store.state(name, identity, digests)
+    if state.state == "done":
+        return False
+    if state.state == "drifted":  # what it was made from has just been made again
+        manifests.remove(store.stage(name))
+    context = StageContext(
+        run=run,
+        stage=name,
+        storage=store.stage(name),
+        upstream={u: store.stage(u) for u in upstream_names(name)},
+        identity=identity,
+        upstream_digests=digests,
+    )
+    began = time.monotonic()
+    context.storage.write_json(PROGRESS, {"state": "running", "step": None, "steps": None, "metrics": {}})
+    try:
+        execute(context, config, devices)
+    except BaseException as error:
+        failed = {"state": "failed", "error": str(error), "seconds": time.monotonic() - began}
+        context.storage.write_json(PROGRESS, (store.progress(name) or {}) | failed)
+        raise
+    return True
+
+
+def execute(context: StageContext, config: Config, devices: Devices) -> None:
+    """Calls the stage's own function. Imports are late: a process loads what its stage needs."""
+    name = context.stage
+    if name == "tokenizer":
+        from stages import tokenizer
+
+        bytes_, vocab = config.ingest.shard_bytes, config.model.vocab_size
+        tokenizer.run(context, config.data, config.tokenizer, bytes_, vocab, config.seed)
+    elif name == "ingest":
+        from stages import ingest
+
+        ingest.run(context, config.data, config.ingest, config.model.sequence_len, config.seed)
+    elif name == "rl":
+        from stages.rl import stage
+
+        stage.run(context, config.rl, config.seed, config.workers, devices)
+    elif name.startswith("evaluate_"):
+        from stages import evaluate
+
+        evaluate.run(context, name.removeprefix("evaluate_"), config.evaluate, config.seed, devices)
+    else:
+        from stages import train
+
+        depth, length = config.model.depth, config.model.sequence_len
+        train.run(context, getattr(config, name), depth, length, config.seed, config.workers, devices)

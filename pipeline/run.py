@@ -1,0 +1,95 @@
+"""`fathom run`: train a language model from raw text to reinforcement learning, stage by stage.
+
+Run the same command again to go on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import ray
+from rich.console import Console
+
+from cluster.resources import resources
+from cluster.runtime import connect
+from pipeline.artifacts import RunStore
+from pipeline.config import Config, add_config_flags, config_from_args, stage_names
+from pipeline.dag import Planned, StageError, plan, reuse, select, submit
+from pipeline.status import run_states
+from pipeline.tracking import LiveView, final_table, plan_table
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fathom run", description=__doc__)
+    add_config_flags(parser)
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="start at this stage; earlier ones must be done")
+    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    parser.add_argument("--only", metavar="STAGE", help="run just this stage")
+    parser.add_argument("--force", metavar="STAGE", action="append", default=[], help="make a stage again; repeatable")
+    parser.add_argument("--reuse-from", metavar="RUN", help="take what this run would make the same from another run")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and stop")
+    parser.add_argument("--debug", action="store_true", help="show Ray's log and tracebacks")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 when every stage asked for is done, 1 when one failed, 2 for wrong flags."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(levelname)s %(message)s")
+    config = config_from_args(args)
+    store, console = RunStore(config.storage, config.name), Console()
+    console.print(f"run {config.name} in {store.storage.uri}", highlight=False, soft_wrap=True)
+    names = stage_names(config)
+    selected = select(names, args.only, args.first, args.until, args.force)
+    if args.dry_run:
+        plan_table(plan(store, config, names, selected, args.force), console)
+        return 0
+    store.storage.check_writable()
+    with store.claim() as claim:
+        if args.reuse_from:
+            for name in reuse(store, RunStore(config.storage, args.reuse_from), config, names):
+                console.print(f"{name:<14}  taken from run {args.reuse_from}", highlight=False)
+        planned = plan(store, config, names, selected, args.force)
+        for name in args.force:
+            store.remove(name)
+        store.record(config)
+        failure = execute(store, config, planned, console, args.debug)
+        claim.check()
+        states = run_states(store)
+        final_table(store, [s for s in states if s.name in names], console)
+    if failure is not None:
+        raise failure
+    return 0 if all(s.state == "done" for s in states if s.name in selected) else 1
+
+
+def execute(store: RunStore, config: Config, planned: list[Planned], console: Console, debug: bool) -> Exception | None:
+    """Runs what is planned, every branch to its end; returns the error of the first stage that failed."""
+    if all(item.action in ("", "skip") for item in planned):
+        return None
+    dashboard = connect(debug)
+    if dashboard:
+        console.print(f"dashboard {dashboard}", highlight=False)
+    references = submit(store, config, planned, resources())
+    with LiveView(store, list(references), console):
+        ray.wait(list(references.values()), num_returns=len(references))
+    for name, reference in references.items():
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            return (
+                error
+                if debug
+                else StageError(
+                    f"stage {name} failed: {error.cause}\nwhat is done stays done: run the same command again to go on "
+                    "from there, with --debug for the whole traceback"
+                )
+            )
+    return None
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main as cli
+
+    sys.exit(cli(["run", *sys.argv[1:]]))

@@ -1,0 +1,84 @@
+"""From one depth to everything else: pure arithmetic, no torch.
+
+Tokens follow a fixed ratio to parameters (Chinchilla, arXiv 2203.15556: about 20), the batch is fixed in tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+TOTAL_BATCH_SIZE = {"base": 524_288, "mid": 524_288, "sft": 32_768}  # tokens a step
+
+
+class DivisionError(ValueError):
+    """Sizes that do not divide; the message names values that would."""
+
+
+def model_spec(config: Config) -> ModelSpec:
+    """The model a configuration asks for; the vocabulary is the one asked of the tokenizer."""
+    return ModelSpec.from_depth(config.model.depth, config.model.vocab_size, config.model.sequence_len)
+
+
+def base_tokens(parameters: int, target_ratio: float) -> int:
+    """Tokens to pretrain on, before whole steps are taken of them."""
+    return int(target_ratio * parameters)
+
+
+def rows_per_rank(total_batch_size: int, sequence_len: int, world: int, stage: str = "") -> int:
+    """Rows of `sequence_len` tokens each of `world` workers has in a step of `total_batch_size` tokens."""
+    unit = sequence_len * world
+    if total_batch_size % unit:
+        below = total_batch_size // unit * unit
+        near = " or ".join(str(v) for v in (below, below + unit) if v)
+        raise DivisionError(
+            f"{stage and stage + '.'}total_batch_size = {total_batch_size} does not divide into rows of "
+            f"{sequence_len} tokens (model.sequence_len) on {world} worker(s); the nearest that do: {near}"
+        )
+    return total_batch_size // unit
+
+
+def grad_accum_steps(
+    total_batch_size: int, sequence_len: int, device_batch_size: int, world: int, stage: str = ""
+) -> int:
+    """Micro-batches of `device_batch_size` rows a worker runs in one optimizer step; `stage` names it in errors.
+
+    Raises DivisionError naming values that divide.
+    """
+    rows = rows_per_rank(total_batch_size, sequence_len, world, stage)
+    if rows % device_batch_size:
+        valid = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        raise DivisionError(
+            f"{stage and stage + '.'}device_batch_size = {device_batch_size} does not divide the {rows} rows "
+            f"each of {world} worker(s) has in a step; these do: {valid}"
+        )
+    return rows // device_batch_size
+
+
+def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Fill what depth decides in a dumped configuration; `given` holds only what was set by hand.
+
+    Raises DivisionError where batch, sequence length, workers and device batch do not divide.
+    """
+    model, world = config["model"], config["workers"]
+    sequence_len = model["sequence_len"]
+    filled = dict(config)
+    for stage, tokens in TOTAL_BATCH_SIZE.items():
+        train = dict(config[stage])
+        if train["total_batch_size"] is None:
+            train["total_batch_size"] = max(1, tokens // sequence_len) * sequence_len
+        if "device_batch_size" not in given.get(stage, {}):
+            rows = rows_per_rank(train["total_batch_size"], sequence_len, world, stage)
+            largest = min(rows, train["device_batch_size"])
+            train["device_batch_size"] = next(n for n in range(largest, 0, -1) if rows % n == 0)
+        grad_accum_steps(train["total_batch_size"], sequence_len, train["device_batch_size"], world, stage)
+        filled[stage] = train
+    base = filled["base"]
+    if base["steps"] is None:
+        spec = ModelSpec.from_depth(model["depth"], model["vocab_size"], sequence_len)
+        base["steps"] = max(1, base_tokens(spec.parameters, base["target_ratio"]) // base["total_batch_size"])
+    return filled

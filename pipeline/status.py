@@ -1,0 +1,51 @@
+"""`fathom status RUN`: where every stage of a run stands, also while it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from cluster.storage import StorageError
+from pipeline.artifacts import RunStore, StageState
+from pipeline.config import Config, stage_names
+from pipeline.tracking import final_table, summary
+
+
+def run_states(store: RunStore) -> list[StageState]:
+    """Every stage of a run as storage shows it; a damaged artifact counts as failed, with the reason.
+
+    Raises FileNotFoundError for a run that storage does not know.
+    """
+    if not store.storage.list():
+        raise FileNotFoundError(f"no run {store.run!r}: {store.storage.uri} does not exist or is empty; see --storage")
+    config = store.recorded()
+    states = []
+    for name in stage_names(config or Config()):
+        try:
+            states.append(store.state(name))
+        except StorageError as error:
+            states.append(StageState(name, "failed", error=str(error)))
+    return states
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, or with --json {"run", "stages": [{"name", "state", "seconds", "metrics", "uri"}]}."""
+    parser = argparse.ArgumentParser(prog="fathom status", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="name of the run")
+    parser.add_argument("--storage", default="./runs", help="directory, s3:// or gs:// URI that holds the runs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    store = RunStore(args.storage, args.run)
+    states = run_states(store)
+    if args.json:
+        print(json.dumps({"run": args.run, "stages": [summary(store, state) for state in states]}, indent=1))
+    else:
+        final_table(store, states)
+    return 0
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main as cli
+
+    sys.exit(cli(["status", *sys.argv[1:]]))

@@ -1,0 +1,193 @@
+"""What the terminal shows of a run: live progress read from storage, and the table at the end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from cluster import manifest as manifests
+from cluster.storage import StorageError
+from pipeline.artifacts import RunStore, StageState
+
+POLL_SECONDS = 1.0
+LINE_SECONDS = 10.0
+STYLES = {"done": "green", "running": "cyan", "failed": "red", "drifted": "yellow", "resumable": "blue"}
+SHOWN = ("val_bpb", "pass", "reward", "loss", "mfu", "tokens_per_second")
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Row:
+    """One stage as last seen; `step0` and `time0` are where this view first saw it, to measure its speed."""
+
+    state: str = "waiting"
+    progress: dict[str, Any] | None = None
+    step0: int = 0
+    time0: float = 0.0
+    said: float = 0.0
+
+    def cells(self, now: float) -> list[str]:
+        """Step, loss or reward, tokens a second, time left; empty where not known or not running."""
+        if self.state != "running" or self.progress is None:
+            return ["", "", "", ""]
+        step, steps = self.progress.get("step") or 0, self.progress.get("steps")
+        metrics = self.progress.get("metrics") or {}
+        shown = next((f"{name} {metrics[name]:.4g}" for name in ("reward", "loss") if name in metrics), "")
+        speed = f"{metrics['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in metrics else ""
+        left = ""
+        if steps and step > self.step0:
+            left = f"{duration((steps - step) * (now - self.time0) / (step - self.step0))} left"
+        return [f"{step}/{steps}" if steps else str(step or ""), shown, speed, left]
+
+
+class LiveView:
+    """Shows the stages of a run while the block runs: a live table on a terminal, else plain lines.
+
+    A progress report left by an earlier attempt is not shown as running: only one that changes is.
+    """
+
+    def __init__(self, store: RunStore, stages: list[str], console: Console | None = None) -> None:
+        self.store, self.console = store, console or Console()
+        self.rows = {name: Row() for name in stages}
+        self.stale = {name: store.progress(name) for name in stages}
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True, name="live view")
+        self.live = Live(console=self.console, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> LiveView:
+        if self.console.is_terminal:
+            self.live.start()
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.poll()
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def _watch(self) -> None:
+        while not self.stop.wait(POLL_SECONDS):
+            self.poll()
+
+    def poll(self) -> None:
+        """Read every unfinished stage once and show what is new."""
+        now = time.monotonic()
+        for name, row in self.rows.items():
+            if row.state != "done":
+                try:
+                    before, row.state = row.state, self._look(name, row)
+                except (OSError, StorageError) as error:
+                    log.debug("progress of %s is unread: %s", name, error)  # storage may hiccup; the run goes on
+                    continue
+                if row.state == "running" and before != "running":
+                    row.step0, row.time0 = (row.progress or {}).get("step") or 0, now
+                if not self.console.is_terminal:
+                    self._say(name, row, before != row.state, now)
+        if self.console.is_terminal:
+            self.live.update(self._table(now))
+
+    def _look(self, name: str, row: Row) -> str:
+        if manifests.read(self.store.stage(name)) is not None:
+            return "done"
+        progress = self.store.progress(name)
+        if progress is None or progress == self.stale[name]:
+            return row.state
+        row.progress = progress
+        return str(progress.get("state", "running"))
+
+    def _say(self, name: str, row: Row, changed: bool, now: float) -> None:
+        if changed or (row.state == "running" and now - row.said >= LINE_SECONDS):
+            row.said = now
+            line = "  ".join([f"{name:<14}", row.state, *filter(None, row.cells(now))])
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _table(self, now: float) -> Table:
+        table = Table(box=None, pad_edge=False, title=f"run {self.store.run}", title_justify="left")
+        for column in ("stage", "state", "step", "metric", "speed", "time left"):
+            table.add_column(column, no_wrap=True)
+        for name, row in self.rows.items():
+            style = STYLES.get(row.state, "dim")
+            table.add_row(name, f"[{style}]{row.state}[/]", *row.cells(now))
+        return table
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people: 8s, 3m05s, 2h07m; empty when not known."""
+    if seconds is None:
+        return ""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def key_metrics(metrics: dict[str, Any], most: int = 4) -> str:
+    """The few metrics worth a table cell, best known first."""
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    order = {name: next((i for i, p in enumerate(SHOWN) if name.startswith(p)), len(SHOWN)) for name in numbers}
+    first = sorted(numbers, key=order.__getitem__)[:most]
+    return "  ".join(f"{name} {_number(numbers[name])}" for name in first)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def summary(store: RunStore, state: StageState) -> dict[str, Any]:
+    """One stage as plain values: name, state, seconds, metrics, uri."""
+    made: dict[str, Any] = state.progress or {}
+    if state.manifest is not None:
+        made = {"seconds": state.manifest.seconds, "metrics": state.manifest.metrics}
+    return {
+        "name": state.name,
+        "state": state.state,
+        "seconds": made.get("seconds"),
+        "metrics": made.get("metrics") or {},
+        "uri": store.stage(state.name).uri,
+    }
+
+
+def final_table(store: RunStore, states: list[StageState], console: Console | None = None) -> None:
+    """Print every stage with its state, time, key metrics and where its artifact is."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 200)  # a log has no width of its own
+    table = Table(title=f"run {store.run}", title_justify="left", box=None, pad_edge=False)
+    for column in ("stage", "state", "time", "metrics", "artifact"):
+        table.add_column(column, no_wrap=column in ("stage", "state", "time"), overflow="fold")
+    for state in states:
+        row, style = summary(store, state), STYLES.get(state.state, "dim")
+        table.add_row(
+            state.name,
+            f"[{style}]{state.state}[/]",
+            duration(row["seconds"]),
+            key_metrics(row["metrics"]),
+            row["uri"] if state.manifest is not None else "",
+        )
+    console.print(table)
+    for state in states:
+        for line in [*state.drift, *([state.error] if state.error else [])]:
+            console.print(f"{state.name}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def plan_table(planned: list[Any], console: Console) -> None:
+    """Print what a run would do with each stage (--dry-run)."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", "action"):
+        table.add_column(column, no_wrap=True)
+    for item in planned:
+        at = f" from step {item.state.checkpoint_step}" if item.action == "resume" else ""
+        table.add_row(item.state.name, item.state.state, (item.action or "not asked for") + at)
+    console.print(table)

@@ -1,0 +1,74 @@
+"""The policy's gradient step on a batch of completions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from models.nanochat import NanoChat
+from stages.config import RLConfig
+from stages.rl.algorithm import policy_loss, token_statistics
+from stages.rl.rollout import Completion
+from stages.training.optimizer import step_optimizers
+from stages.training.parallel import World, autocast
+
+
+def collate(prompts: list[list[int]], completions: list[Completion], device: torch.device) -> dict[str, Tensor]:
+    """Right-padded tensors (B, T+1) of ids, and (B, T) of the mask and sampler logprobs of the token that follows."""
+    lengths = [len(p) + len(c.tokens) for p, c in zip(prompts, completions, strict=True)]
+    ids = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
+    mask, logprobs = np.zeros(ids.shape, dtype=np.float32), np.zeros(ids.shape, dtype=np.float32)
+    for row, (prompt, completion, length) in enumerate(zip(prompts, completions, lengths, strict=True)):
+        ids[row, :length] = prompt + completion.tokens
+        mask[row, len(prompt) : length] = completion.sampled
+        logprobs[row, len(prompt) : length] = completion.logprobs
+    arrays = {"ids": ids, "mask": mask[:, 1:], "sampler_logprobs": logprobs[:, 1:]}
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def update(
+    model: NanoChat,
+    optimizers: list[Optimizer],
+    prompts: list[list[int]],
+    completions: list[Completion],
+    advantage: Tensor,
+    config: RLConfig,
+    world: World,
+) -> dict[str, float]:
+    """One optimizer step on this rank's sequences (prompt and completion i belong together, advantage is (B,)).
+
+    The loss is the sum over sampled tokens divided by their number in the whole step, over all ranks, so the size of a
+    micro-batch changes nothing. Sequences without advantage have no gradient and are not computed.
+    """
+    sampled = world.sum(torch.tensor(float(sum(sum(c.sampled) for c in completions)), device=world.device))
+    # neighbours in length share a micro-batch, which saves padding
+    order = sorted(torch.nonzero(advantage).flatten().tolist(), key=lambda i: len(prompts[i] + completions[i].tokens))
+    statistics = torch.zeros(3, device=world.device)
+    scored = torch.zeros((), device=world.device)
+    for start in range(0, len(order), config.device_batch_size):
+        chosen = order[start : start + config.device_batch_size]
+        batch = collate([prompts[i] for i in chosen], [completions[i] for i in chosen], world.device)
+        with autocast(world.device, "fp32" if world.device.type == "cpu" else "bf16"):
+            logprobs = -model(batch["ids"][:, :-1], batch["ids"][:, 1:])
+        sampler, mask = batch["sampler_logprobs"], batch["mask"]
+        loss = policy_loss(logprobs, sampler, advantage[chosen].to(world.device), mask, config.ratio_cap)
+        (loss / sampled.clamp(min=1)).backward()
+        found = token_statistics(logprobs.detach(), sampler, mask)
+        statistics = torch.stack((statistics[0] + found[0], statistics[1].maximum(found[1]), statistics[2] + found[2]))
+        scored += mask.sum()
+    trained = world.sum(scored)
+    if trained == 0:  # every group was solved by all of its samples or by none
+        return {"grad_norm": 0.0, "trained_tokens": 0.0}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    world.sum_gradients(model)
+    difference, worst, surprise = statistics.tolist()
+    return {
+        "grad_norm": step_optimizers(model, optimizers, config.grad_clip).item(),
+        "trained_tokens": trained.item(),
+        "logprob_difference": difference / max(scored.item(), 1.0),
+        "logprob_difference_max": worst,
+        "entropy": surprise / max(scored.item(), 1.0),
+    }

@@ -1,0 +1,118 @@
+"""The RL loop: sample, reward, advantage, step, sync."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from corpus.conversation import render_prompt
+from corpus.tokenizers import Tokenizer
+from models.nanochat import NanoChat
+from stages.config import RLConfig
+from stages.rl.algorithm import advantages, group_statistics
+from stages.rl.learner import update
+from stages.rl.rollout import RolloutPool, reward
+from stages.training.metrics import Reporter
+from stages.training.optimizer import build_optimizers, set_learning_rates
+from stages.training.parallel import World
+from stages.training.state import Checkpoints
+from tasks.base import Problem, conversation_of
+
+
+class NoSignal(ValueError):
+    """No training prompt was ever solved, so there is nothing to reinforce."""
+
+
+def prompts_of_step(count: int, seed: int, step: int, prompts_per_step: int) -> np.ndarray:
+    """Indices (prompts_per_step,) of the problems of `step`: a new shuffle each pass, a function of (seed, step)."""
+    positions = np.arange(step * prompts_per_step, (step + 1) * prompts_per_step)
+    shuffles = {e: np.random.default_rng((seed, e)).permutation(count) for e in np.unique(positions // count)}
+    return np.array([shuffles[p // count][p % count] for p in positions])
+
+
+def reinforce(
+    model: NanoChat,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    config: RLConfig,
+    steps: int,
+    seed: int,
+    world: World,
+    pool: RolloutPool,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+) -> None:
+    """Trains `model` in place for `steps` steps, going on from the newest checkpoint."""
+    optimizers = build_optimizers(
+        model,
+        matrix_lr=config.matrix_lr * config.lr_scale,
+        embedding_lr=config.embedding_lr * config.lr_scale,
+        unembedding_lr=config.unembedding_lr * config.lr_scale,
+    )
+    prompts = [render_prompt(conversation_of(p)["messages"][:1], tokenizer) for p in problems]
+    start = checkpoints.restore(model, optimizers)
+    pool.sync(model.state_dict(), start)
+    if start == 0 and config.require_signal:
+        require_signal(pool, tokenizer, problems[: config.signal_prompts], prompts, config, seed)
+    for step in range(start, steps):
+        clock = [time.perf_counter()]
+        chosen = world.slice(prompts_of_step(len(problems), seed, step, config.prompts_per_step))
+        batch = [prompts[i] for i in chosen]
+        groups = pool.sample(batch, config.samples_per_prompt, config.max_new_tokens, (seed, step, world.rank))
+        clock.append(time.perf_counter())
+
+        rewards = torch.tensor(
+            [[reward(problems[i], c, tokenizer) for c in g] for i, g in zip(chosen, groups, strict=True)]
+        )
+        advantage = advantages(rewards, config.advantage).flatten()
+        completions = [c for group in groups for c in group]
+        if any(c.weight_version != step for c in completions):
+            raise RuntimeError(f"step {step}: a rollout was sampled with the weights of another step")
+        set_learning_rates(optimizers, 1.0 - step / steps)
+        sequences = [p for p in batch for _ in range(config.samples_per_prompt)]
+        metrics = update(model, optimizers, sequences, completions, advantage, config, world)
+        if metrics.get("logprob_difference", 0.0) > config.max_logprob_difference:
+            raise RuntimeError(
+                f"step {step}: sampler and trainer differ by {metrics['logprob_difference']:.2g} nats a token, more "
+                f"than rl.max_logprob_difference={config.max_logprob_difference}: they do not compute with the same weights"
+            )
+        clock.append(time.perf_counter())
+
+        pool.sync(model.state_dict(), step + 1)
+        clock.append(time.perf_counter())
+        rollout, train, sync = np.diff(clock) * 1e3
+        tokens = sum(len(c.tokens) for c in completions)
+        reporter.log(
+            step,
+            **group_statistics(world.gather(rewards)),
+            **metrics,
+            completion_tokens=tokens / len(completions),
+            finished=sum(c.finished for c in completions) / len(completions),
+            rollout_ms=rollout,
+            train_ms=train,
+            sync_ms=sync,
+            tokens_per_second=tokens * world.size / (clock[-1] - clock[0]),
+        )
+        if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            checkpoints.save(step + 1, model, optimizers)
+    checkpoints.wait()
+
+
+def require_signal(
+    pool: RolloutPool,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    prompts: list[list[int]],
+    config: RLConfig,
+    seed: int,
+) -> None:
+    """Raises NoSignal unless some sample of some problem is right."""
+    groups = pool.sample(prompts[: len(problems)], config.samples_per_prompt, config.max_new_tokens, (seed, 2**32 - 1))
+    if not any(reward(p, c, tokenizer) for p, group in zip(problems, groups, strict=True) for c in group):
+        n, k = len(problems), config.samples_per_prompt
+        raise NoSignal(
+            f"no signal: pass@{k} of the SFT model is 0 on {n} training prompts, so every reward would be zero. Train "
+            "base, mid and sft for longer or at a greater depth, or go on anyway with --set rl.require_signal=false"
+        )

@@ -1,0 +1,35 @@
+"""The tokenizer stage: learn a byte-level BPE from the corpus."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from corpus.tokenizers import Tokenizer
+from stages.config import DataConfig, TokenizerConfig
+from stages.context import StageContext
+from stages.ingest import corpus_shards, split_documents
+
+
+def run(
+    context: StageContext, data: DataConfig, config: TokenizerConfig, shard_bytes: int, vocab_size: int, seed: int
+) -> None:
+    began = time.monotonic()
+    read = {"documents": 0, "characters": 0}
+
+    def texts() -> Iterator[str]:
+        for shard in corpus_shards(data, shard_bytes, seed):
+            for document in split_documents(shard, data)[0]:
+                text = document[: config.doc_chars]
+                read["documents"] += 1
+                read["characters"] += len(text)
+                yield text
+                if read["characters"] >= config.max_chars:
+                    return
+
+    tokenizer = Tokenizer.train(texts(), vocab_size)
+    if not read["documents"]:
+        raise ValueError(f"corpus {data.corpus!r} holds no documents: every text in it is empty")
+    with context.scratch() as directory:
+        tokenizer.save(directory)
+        context.publish(directory, {"vocab_size": tokenizer.vocab_size, **read}, time.monotonic() - began)

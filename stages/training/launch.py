@@ -1,0 +1,65 @@
+"""A function on every worker of a Ray Train group, tried again when a machine or process is lost."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import ray.exceptions
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from cluster.resources import Devices
+from stages.context import StageContext
+
+ATTEMPTS = 4
+RAY_TRAIN = ".ray_train"  # where Ray Train keeps its own state while it runs
+LOST = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+
+logger = logging.getLogger(__name__)
+
+
+def launch(
+    function: Callable[[dict[str, Any]], Any],
+    arguments: dict[str, Any],
+    context: StageContext,
+    workers: int,
+    devices: Devices,
+) -> Any:
+    """Runs `function(arguments)` on `workers` workers; returns what the first of them returns.
+
+    Ray Train gathers the workers and the process group; it never sees a checkpoint, since the function finds its own.
+    An exception of the function is raised as it is, at once. A lost worker or controller starts the group again, a few
+    times: Ray Train's own retry would repeat errors that no retry mends, and does not cover its controller.
+    """
+    gpu = devices.kind == "cuda"
+    filesystem, path = context.storage.at(RAY_TRAIN).filesystem()
+    for attempt in range(1, ATTEMPTS + 1):
+        trainer = TorchTrainer(
+            function,
+            train_loop_config=arguments,
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
+            run_config=RunConfig(
+                name=f"{context.run}-{context.stage}-{uuid.uuid4().hex[:8]}",
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+        try:
+            return trainer.fit().return_value
+        except TrainingFailedError as error:
+            failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+            own = [f for f in failures if not isinstance(f, LOST)]
+            if own:
+                raise own[0] from None
+            if attempt == ATTEMPTS:
+                raise
+            logger.warning("%s: a worker was lost (attempt %d of %d), starting again", context.stage, attempt, ATTEMPTS)
+        finally:
+            context.storage.delete(RAY_TRAIN)
+    raise AssertionError("unreachable")

@@ -1,0 +1,133 @@
+"""A stage is done if and only if its manifest verifies; one living process holds a run."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import manifest as manifests
+from cluster.manifest import Manifest
+from cluster.storage import StorageError
+from pipeline import artifacts
+from pipeline.artifacts import CLAIM, RunHeldError, RunStore
+from pipeline.config import identity_of, load_config
+
+HOLDER = """
+import sys, time
+from pipeline.artifacts import RunStore
+with RunStore(sys.argv[1], "r").claim():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def finish(store: RunStore, stage: str, identity: dict[str, Any], upstream: dict[str, str], path: str = "") -> None:
+    """Write a real artifact (or checkpoint, below `path`) of one file."""
+    at = store.stage(stage).at(path)
+    at.write_bytes("weights", b"w" * 64)
+    source = Path(at.uri) / "weights"
+    manifests.write(at, Manifest(store.run, stage, [at.upload(source, "weights")], identity, upstream))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore(str(tmp_path), "r")
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Any:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_states_follow_a_stage_through_its_life(store: RunStore) -> None:
+    identity, upstream = {"base": {"matrix_lr": 0.02}}, {"ingest:base": "a"}
+    assert store.state("base", identity, upstream).state == "fresh"
+    store.stage("base").write_json("progress.json", {"state": "running", "step": 3, "steps": 9})
+    assert store.state("base", identity, upstream).state == "fresh"  # nobody holds the run: it was killed
+    with store.claim():
+        assert store.state("base", identity, upstream).state == "running"
+    finish(store, "base", identity, upstream, manifests.checkpoint_path(5))
+    resumable = store.state("base", identity, upstream)
+    assert (resumable.state, resumable.checkpoint_step) == ("resumable", 5)
+    assert store.state("base", {"base": {"matrix_lr": 0.03}}, upstream).state == "drifted"
+    store.stage("base").write_json("progress.json", {"state": "failed", "error": "loss is not finite"})
+    failed = store.state("base", identity, upstream)
+    assert (failed.state, failed.error, failed.checkpoint_step) == ("failed", "loss is not finite", 5)
+    finish(store, "base", identity, upstream)
+    assert store.state("base", identity, upstream).state == "done"
+    drifted = store.state("base", {"base": {"matrix_lr": 0.03}}, {"ingest:base": "b"})
+    assert drifted.state == "drifted"
+    assert drifted.drift == ["base.matrix_lr: 0.02 -> 0.03", "upstream ingest:base changed"]
+
+
+def test_a_truncated_file_is_not_done(store: RunStore) -> None:
+    finish(store, "base", {}, {})
+    (Path(store.stage("base").uri) / "weights").write_bytes(b"w" * 63)
+    with pytest.raises(StorageError, match=r"truncated: weights has 63 bytes instead of 64.*--force base"):
+        store.state("base", {}, {})
+
+
+def test_the_recorded_configuration_stands_in_for_a_missing_identity(store: RunStore) -> None:
+    config = load_config("demo", {"name": "r"})
+    finish(store, "sft", identity_of("sft", config), {"mid": "a"})
+    assert store.state("sft").state == "done"
+    store.record(load_config("demo", {"name": "r", "sft": {"matrix_lr": 0.5}}))
+    assert store.state("sft").drift == ["sft.matrix_lr: 0.02 -> 0.5"]
+    store.storage.write_json("config.json", {"from": "another version"})
+    assert store.state("sft").state == "done"
+
+
+def test_a_live_holder_is_refused_and_named(store: RunStore, holder: Any) -> None:
+    assert store.claim_alive()
+    with pytest.raises(RunHeldError, match=rf"run r is held by \S+@\S+ pid {holder.pid} since .*--name"), store.claim():
+        pytest.fail("two processes hold one run")
+    assert holder.poll() is None
+
+
+def test_the_claim_of_a_killed_holder_lapses_at_once(store: RunStore, holder: Any) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert store.storage.exists(CLAIM) and not store.claim_alive()
+    began = time.monotonic()
+    with store.claim() as claim:
+        assert time.monotonic() - began < 3
+        claim.check()
+    assert not store.storage.exists(CLAIM)
+
+
+def test_a_claim_from_elsewhere_lapses_only_when_it_stops_beating(store: RunStore, monkeypatch: Any) -> None:
+    monkeypatch.setattr(artifacts, "LAPSE_SECONDS", 1.0)
+    elsewhere = {"host": "elsewhere", "pid": 1, "user": "u", "since": "then", "token": "t", "beat": 7}
+    store.storage.write_json(CLAIM, elsewhere)
+    with store.claim():
+        assert store.storage.read_json(CLAIM)["token"] != "t"
+
+
+def test_a_claim_taken_over_is_noticed_and_left_alone(store: RunStore, monkeypatch: Any) -> None:
+    monkeypatch.setattr(artifacts, "BEAT_SECONDS", 0.1)
+    other = {"host": "elsewhere", "pid": 1, "user": "u", "since": "then", "token": "t", "beat": 7}
+    with store.claim() as claim:
+        # The write may land between the holder's read and its beat; a real taker confirms and would lose then.
+        for _ in range(20):
+            store.storage.write_json(CLAIM, other)
+            time.sleep(0.15)
+            if claim.lost:
+                break
+        with pytest.raises(RunHeldError, match="u@elsewhere pid 1"):
+            claim.check()
+    assert store.storage.read_json(CLAIM) == other
+
+
+def test_names_that_are_no_folder_are_refused(tmp_path: Path) -> None:
+    for name in ("", "../x", "a/b", ".hidden"):
+        with pytest.raises(ValueError, match="run name"):
+            RunStore(str(tmp_path), name)

@@ -1,0 +1,120 @@
+"""The configuration: one dial, exact arithmetic, and mistakes that name what would be right."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import plan
+from pipeline.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    add_config_flags,
+    config_from_args,
+    dotted_keys,
+    identity_of,
+    load_config,
+    stage_names,
+)
+from pipeline.scaling import grad_accum_steps, model_spec
+
+
+def parsed(*argv: str) -> Config:
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser)
+    return config_from_args(parser.parse_args(argv))
+
+
+def test_depth_20_is_the_published_size() -> None:
+    config = parsed("--depth", "20")
+    assert config.name == "d20" and not config.with_rl
+    assert model_spec(config).parameters == 560_988_160
+    assert config.base.steps == 21_400 and config.base.total_batch_size == 524_288
+    assert plan.plan(config)["tokens"] == 21_400 * 524_288
+
+
+@pytest.mark.parametrize("depth", range(1, 65))
+def test_every_depth_builds(depth: int) -> None:
+    config = load_config(flags={"model": {"depth": depth}})
+    assert model_spec(config).head_dim % 8 == 0 and config.base.steps
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.toml")))
+@pytest.mark.parametrize("workers", [1, 2])
+def test_presets_load(preset: str, workers: int) -> None:
+    config = load_config(preset, {"workers": workers})
+    assert config.preset == config.name == preset
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_order_is_derived_then_preset_then_command_line() -> None:
+    preset = load_config("demo")
+    assert preset.with_rl and preset.base.total_batch_size == 8192
+    changed = parsed("--preset", "demo", "--no-with-rl", "--name", "x", "--set", "base.total_batch_size=4096")
+    assert not changed.with_rl and changed.name == "x" and changed.base.total_batch_size == 4096
+    assert changed.base.steps == preset.base.steps
+    assert parsed("--depth", "1", "--set", "data.corpus=/a b/*.parquet").data.corpus == "/a b/*.parquet"
+    assert parsed("--set", "rl.require_signal=false").rl.require_signal is False
+
+
+def test_unknown_keys_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'base\.matrx_lr'; did you mean base\.matrix_lr, \S+, \S+\?$"):
+        parsed("--set", "base.matrx_lr=0.1")
+    with pytest.raises(ConfigError, match=r"'bass\.steps'.*base\.steps"):
+        parsed("--set", "bass.steps=3")
+    with pytest.raises(ConfigError, match=r"'seeds'.*seed"):
+        parsed("--set", "seeds=3")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--preset", "dmeo"), "unknown preset 'dmeo'; there are: .*demo"),
+        (("--depth", "99"), r"model\.depth = 99: Input should be less than or equal to 64"),
+        (("--set", "base.steps=many"), r"base\.steps = 'many': Input should be a valid integer"),
+        (("--set", "rl.advantage=best"), r"rl\.advantage = 'best': Input should be 'mean', 'grpo' or 'rloo'"),
+        (("--set", "base=3"), r"base = 3: Input should be a valid dictionary"),
+        (("--set", "base.steps"), "must be KEY=VALUE"),
+        (("--workers", "3"), r"base\.total_batch_size = 524288 .* 2048 tokens .* 3 worker.*: 522240 or 528384"),
+        (("--set", "mid.total_batch_size=100"), r"mid\.total_batch_size = 100 .*: 2048$"),
+        (("--set", "sft.device_batch_size=6"), r"sft\.device_batch_size = 6 .* 16 rows.*: 1, 2, 4, 8, 16$"),
+    ],
+)
+def test_mistakes_name_the_key_the_value_and_what_is_allowed(argv: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parsed(*argv)
+
+
+def test_grad_accum_steps_covers_the_batch() -> None:
+    assert grad_accum_steps(524_288, 2_048, 32, 1) == 8
+    assert grad_accum_steps(524_288, 2_048, 32, 8) == 1
+
+
+def test_identity_leaves_out_how_a_run_is_run() -> None:
+    one = load_config("demo")
+    environment = {"workers": 2, "name": "b", "storage": "/x", "rl": {"actors": 2}, "base": {"device_batch_size": 4}}
+    two = load_config("demo", environment)
+    seeded = load_config("demo", {"seed": 1})
+    for stage in stage_names(with_rl=True):
+        assert identity_of(stage, one) == identity_of(stage, two)
+        assert (identity_of(stage, one) != identity_of(stage, seeded)) == (stage != "evaluate_base")
+    assert identity_of("base", one) != identity_of("base", load_config("demo", {"base": {"matrix_lr": 0.5}}))
+    assert identity_of("sft", one) == identity_of("sft", load_config("demo", {"base": {"matrix_lr": 0.5}}))
+    assert "environment" not in dotted_keys()
+
+
+def test_planning_imports_neither_torch_nor_ray() -> None:
+    code = "import sys, pipeline.plan; print({'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_plan_prints_and_reports_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--depth", "20"]) == 0
+    assert "560,988,160" in capsys.readouterr().out
+    assert plan.main(["--set", "base.stepz=1"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: unknown key 'base.stepz'")

@@ -1,0 +1,100 @@
+"""Status, the live view and the final table show what storage holds."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster import manifest as manifests
+from cluster.manifest import Manifest
+from pipeline import status
+from pipeline.artifacts import RunStore
+from pipeline.config import identity_of, load_config, stage_names
+from pipeline.tracking import LiveView, duration, key_metrics
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    """A run with the tokenizer done, base killed on the way and the rest to do."""
+    store, config = RunStore(str(tmp_path), "r"), load_config("demo", {"name": "r"})
+    store.record(config)
+    metrics = {"vocab_size": 1024, "bytes_per_token": 3.25}
+    done = Manifest("r", "tokenizer", [], identity_of("tokenizer", config), metrics=metrics, seconds=65.4)
+    manifests.write(store.stage("tokenizer"), done)
+    progress = {"state": "running", "step": 3, "steps": 9, "metrics": {"loss": 2.5}, "seconds": 4.0}
+    store.stage("base").write_json("progress.json", progress)
+    return store
+
+
+def test_json_has_exactly_the_documented_shape(store: RunStore, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["r", "--storage", str(Path(store.storage.uri).parent), "--json"]
+    assert status.main(argv) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert set(shown) == {"run", "stages"} and shown["run"] == "r"
+    assert [s["name"] for s in shown["stages"]] == stage_names(with_rl=True)
+    assert all(set(s) == {"name", "state", "seconds", "metrics", "uri"} for s in shown["stages"])
+    stages = {s["name"]: s for s in shown["stages"]}
+    assert stages["tokenizer"]["state"] == "done" and stages["tokenizer"]["seconds"] == 65.4
+    assert stages["base"]["state"] == "fresh" and stages["base"]["metrics"] == {"loss": 2.5}
+    assert stages["rl"]["uri"] == f"{store.storage.uri}/rl"
+    with store.claim():
+        assert status.main(argv) == 0
+    stages = {s["name"]: s for s in json.loads(capsys.readouterr().out)["stages"]}
+    assert stages["base"]["state"] == "running"
+
+
+def test_the_table_names_time_metrics_and_artifact(store: RunStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status.main(["r", "--storage", str(Path(store.storage.uri).parent)]) == 0
+    line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("tokenizer"))
+    for part in ("done", "1m05s", "vocab_size 1,024", "bytes_per_token 3.25"):
+        assert part in line
+
+
+def test_a_damaged_artifact_shows_as_failed_with_why(store: RunStore, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path(store.stage("tokenizer").uri) / "manifest.json").write_text("{")
+    assert status.main(["r", "--storage", str(Path(store.storage.uri).parent)]) == 0
+    out = capsys.readouterr().out
+    assert "failed" in out and "not valid JSON" in out
+
+
+def test_an_unknown_run_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status.main(["nope", "--storage", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: no run 'nope'") and captured.err.count("\n") == 1
+    assert not (tmp_path / "nope").exists()
+
+
+def test_plain_lines_show_changes_and_not_what_an_earlier_attempt_left(store: RunStore) -> None:
+    out = io.StringIO()
+    with LiveView(store, ["tokenizer", "base", "mid"], Console(file=out)) as view:
+        view.poll()
+        assert "base" not in out.getvalue()
+        metrics = {"loss": 2.25, "tokens_per_second": 5123.4}
+        for step in (4, 5):
+            progress = {"state": "running", "step": step, "steps": 9, "metrics": metrics, "seconds": 9.0}
+            store.stage("base").write_json("progress.json", progress)
+            view.poll()
+        store.stage("base").write_json("progress.json", {"state": "failed", "error": "out of memory"})
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert [line[:2] for line in lines] == [["tokenizer", "done"], ["base", "running"], ["base", "failed"]]
+    assert lines[1][2:] == ["4/9", "loss", "2.25", "5,123", "tok/s"]
+
+
+def test_a_terminal_gets_a_live_table_with_the_time_left(store: RunStore) -> None:
+    out = io.StringIO()
+    with LiveView(store, ["base"], Console(file=out, force_terminal=True, width=120)) as view:
+        for step in (4, 5):
+            store.stage("base").write_json("progress.json", {"state": "running", "step": step, "steps": 9})
+            view.poll()
+        view.live.refresh()
+    assert "5/9" in out.getvalue() and "left" in out.getvalue()
+
+
+def test_figures_for_people() -> None:
+    assert [duration(s) for s in (None, 8.2, 185, 7620)] == ["", "8s", "3m05s", "2h07m"]
+    metrics = {"steps": 300, "tokens_per_second": 51234.5, "val_bpb": 1.23456, "note": "x", "pass@1": 0.5}
+    assert key_metrics(metrics, most=3) == "val_bpb 1.235  pass@1 0.5  tokens_per_second 51,234"

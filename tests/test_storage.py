@@ -1,0 +1,197 @@
+"""Storage cannot lose a file silently, and a manifest tells a whole artifact from a broken one."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import manifest as manifests
+from cluster.manifest import Manifest, drift
+from cluster.storage import Storage, StorageError
+
+
+def artifact(root: Path, files: dict[str, bytes], stage: str = "base") -> tuple[Storage, Manifest]:
+    source = root / "source"
+    for name, data in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(data)
+    storage = Storage(root / "run").at(stage)
+    manifest = Manifest("run", stage, storage.upload_tree(source), {"seed": 0}, {"ingest:base": "d"})
+    manifests.write(storage, manifest)
+    return storage, manifest
+
+
+class LosesTheTail(Storage):
+    """A disk that reports success and keeps all but the last byte, `faults` times."""
+
+    faults = 99
+
+    @contextmanager
+    def open_write(self, path: str) -> Iterator[Any]:
+        with super().open_write(path) as stream:
+            yield stream
+        if type(self).faults:
+            type(self).faults -= 1
+            target = Path(self.uri) / path
+            target.write_bytes(target.read_bytes()[:-1])
+
+
+class FlipsAByte(LosesTheTail):
+    @contextmanager
+    def open_write(self, path: str) -> Iterator[Any]:
+        with Storage.open_write(self, path) as stream:
+            yield stream
+        target = Path(self.uri) / path
+        target.write_bytes(b"\xff" + target.read_bytes()[1:])
+
+
+@pytest.mark.parametrize("kind", [LosesTheTail, FlipsAByte])
+def test_upload_read_back_detects_corruption(tmp_path: Path, kind: type[Storage], monkeypatch: Any) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    (tmp_path / "weights").write_bytes(b"w" * 1000)
+    with pytest.raises(StorageError, match=r"x/weights could not be stored in 3 tries.*free space"):
+        kind(str(tmp_path / "out")).upload(tmp_path / "weights", "x/weights")
+
+
+def test_upload_survives_one_fault(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(LosesTheTail, "faults", 1)
+    (tmp_path / "weights").write_bytes(b"w" * 1000)
+    entry = LosesTheTail(str(tmp_path / "out")).upload(tmp_path / "weights", "x/weights")
+    assert entry.size == 1000 and (tmp_path / "out/x/weights").read_bytes() == b"w" * 1000
+
+
+def test_round_trip_list_and_delete(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "with space")
+    assert storage.list() == {} and not storage.exists("a")
+    storage.write_json("a/b.json", {"x": [1, 2]})
+    storage.write_bytes("a/c", b"123")
+    assert storage.list("a") == {"b.json": len(storage.read_bytes("a/b.json")), "c": 3}
+    assert pickle.loads(pickle.dumps(storage)).at("a").read_json("b.json") == {"x": [1, 2]}
+    storage.delete("a/c")
+    storage.delete("absent")
+    storage.delete("a")
+    assert storage.list() == {}
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("a/c")
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    storage.write_bytes("f", b"old")
+    with pytest.raises(RuntimeError), storage.open_write("f") as stream:
+        stream.write(b"new")
+        raise RuntimeError("killed half-way")
+    assert storage.read_bytes("f") == b"old" and storage.list() == {"f": 3}
+
+
+def test_uris() -> None:
+    assert Storage("runs").uri == str(Path.cwd() / "runs")
+    assert Storage("file:///tmp/x").local_path == Path("/tmp/x")
+    remote = Storage("s3://bucket/runs?scheme=http").at("demo", "base")
+    assert remote.uri == "s3://bucket/runs/demo/base?scheme=http" and remote.local_path is None
+    with pytest.raises(StorageError, match="nowhere://"):
+        Storage("nowhere://x").exists()
+
+
+def test_storage_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cannot be written.*--storage"):
+        Storage(tmp_path / "file" / "runs").check_writable()
+    Storage(tmp_path / "new").check_writable()
+    assert Storage(tmp_path / "new").list() == {}
+
+
+def test_manifest_detects_truncated_and_missing_files(tmp_path: Path) -> None:
+    storage, manifest = artifact(tmp_path, {"model.safetensors": b"m" * 100, "meta.json": b"{}"})
+    assert manifests.read(storage) == manifest
+    manifests.verify(storage, manifest)
+    (tmp_path / "run/base/model.safetensors").write_bytes(b"m" * 99)
+    (tmp_path / "run/base/meta.json").unlink()
+    with pytest.raises(StorageError) as error:
+        manifests.verify(storage, manifest)
+    for part in ("model.safetensors has 99 bytes instead of 100", "meta.json is missing", "--force base"):
+        assert part in str(error.value)
+
+
+def test_fetch_checks_every_hash(tmp_path: Path) -> None:
+    storage, _ = artifact(tmp_path, {"base/0": b"a" * 10, "mid/0": b"b" * 10})
+    assert (manifests.fetch(storage, "base") / "0").read_bytes() == b"a" * 10
+    (tmp_path / "run/base/mid/0").write_bytes(b"c" * 10)
+    assert manifests.fetch(storage, "base")
+    with pytest.raises(StorageError, match=r"mid/0 has 10 bytes, SHA-256 .* instead of .*--force base"):
+        manifests.fetch(storage)
+    with pytest.raises(StorageError, match="no files in rl"):
+        manifests.fetch(storage, "rl")
+    with pytest.raises(StorageError, match="no complete artifact"):
+        manifests.fetch(Storage(tmp_path / "empty"))
+
+
+class Remote(Storage):
+    """A local directory treated as an object store: nothing is used in place."""
+
+    @property
+    def local_path(self) -> Path | None:
+        return None
+
+
+def test_fetch_downloads_what_is_missing_or_wrong_and_keeps_the_rest(tmp_path: Path) -> None:
+    storage, _ = artifact(tmp_path, {"base/0": b"a" * 10, "base/1": b"b" * 10, "mid/0": b"c"})
+    remote, cache = Remote(storage.uri), tmp_path / "cache"
+    at = manifests.fetch(remote, "base", cache)
+    assert at.is_relative_to(cache) and sorted(p.name for p in at.iterdir()) == ["0", "1"]
+    kept = (at / "0").stat().st_mtime_ns
+    (at / "1").write_bytes(b"half")
+    assert manifests.fetch(remote, "base", cache) == at
+    assert (at / "1").read_bytes() == b"b" * 10 and (at / "0").stat().st_mtime_ns == kept
+    (tmp_path / "run/base/mid/0").write_bytes(b"d")
+    with pytest.raises(StorageError, match="mid/0 has 1 bytes"):
+        manifests.fetch(remote, "mid", cache)
+    assert not list(cache.rglob(".tmp-*"))
+
+
+def test_digest_covers_content_but_not_timings(tmp_path: Path) -> None:
+    _, one = artifact(tmp_path / "1", {"base/0": b"a", "base/metrics.jsonl": b"1 s", "mid/0": b"b"})
+    _, two = artifact(tmp_path / "2", {"base/0": b"a", "base/metrics.jsonl": b"2 s", "mid/0": b"c"})
+    assert one.digest("base") == two.digest("base") and one.digest() != two.digest()
+    assert one.fingerprint == two.fingerprint
+    two.upstream["ingest:base"] = "other"
+    assert one.fingerprint != two.fingerprint
+
+
+def test_a_half_written_manifest_is_an_error(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    assert manifests.read(storage) is None
+    storage.write_bytes("manifest.json", b'{"run": "x"')
+    with pytest.raises(StorageError, match=r"manifest\.json is not valid JSON"):
+        manifests.read(storage)
+    storage.write_json("manifest.json", {"files": [], "colour": "red"})
+    with pytest.raises(StorageError, match="colour"):
+        manifests.read(storage)
+
+
+def test_latest_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
+    stage = Storage(tmp_path)
+    assert manifests.latest_checkpoint(stage) is None
+    (tmp_path / "w").write_bytes(b"12345")
+    for step in (5, 10, 15, 20):
+        at = stage.at(manifests.checkpoint_path(step))
+        files = [at.upload(tmp_path / "w", "w")]
+        if step != 20:  # killed before the manifest
+            manifests.write(at, Manifest("run", "base", files))
+    (tmp_path / "checkpoints/step_000015/w").write_bytes(b"1234")
+    latest = manifests.latest_checkpoint(stage)
+    assert latest is not None and latest[0] == 10 and latest[1].read_bytes("w") == b"12345"
+    manifests.remove(latest[1])
+    assert [step for step, _ in manifests.checkpoints(stage)] == [5, 15]
+
+
+def test_drift_names_fields() -> None:
+    old = {"seed": 0, "base": {"matrix_lr": 0.02, "steps": 10, "gone": 1}}
+    new = {"seed": 0, "base": {"matrix_lr": 0.03, "steps": 10, "come": None}}
+    assert drift(old, new) == ["base.come: unset -> None", "base.gone: 1 -> unset", "base.matrix_lr: 0.02 -> 0.03"]
+    assert drift(old, old) == []

@@ -1,0 +1,219 @@
+"""Problems, the calculator the model may call, and grading."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corpus import synthetic
+from tasks.arithmetic import Arithmetic
+from tasks.base import Problem, conversation_of, final_number, grade
+from tasks.calculator import calculate
+from tasks.gsm8k import GSM8K
+
+
+@pytest.fixture(scope="module")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"needs the data folder {path}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [
+        ("48/2", "24"),
+        ("1/5", "0.2"),
+        (".5*3", "1.5"),
+        ("5.", "5"),
+        ("2/3", "0.666667"),
+        ("0.1+0.2", "0.3"),
+        ("1,000 + $5", "1005"),
+        ("50%", "50"),
+        ("-(3-10)*2", "14"),
+        ("3-10", "-7"),
+        ("007+1", "8"),
+        ("100.05-0.05", "100"),
+        ("9" * 30 + "*" + "9" * 30, str(int("9" * 30) ** 2)),
+        ("1-1.0", "0"),
+        ("0-0.0000001", "0"),
+    ],
+)
+def test_the_calculator_computes(expression: str, result: str) -> None:
+    assert calculate(expression) == result
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "", " ", "()", "1+", "*2", "1/0", "1/(2-2)", "2**9", "9**9**9**9", "7//2", "1 2", "(1", "1)", "1.2.3", "1e9",
+        "abs(1)", "__import__('os').system('true')", "1;2", "1\n2", "0x10", "1_000", "a", "1<2", "1if 1 else 2", "1j",
+        "(" * 40, "\x00", "٣+٣", "(1)(2)", "1" * 65, "-" * 64, "[1]", "'1'*9", "lambda:1", "..", "nan", "inf",
+    ],
+)  # fmt: skip
+def test_the_calculator_refuses_what_is_not_arithmetic(expression: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert calculate(expression) is None
+
+
+@given(st.one_of(st.text(), st.text("0123456789.+-*/() ,$%", max_size=70)))
+def test_the_calculator_survives_anything(expression: str) -> None:
+    result = calculate(expression)
+    assert result is None or re.fullmatch(r"-?[0-9]+(\.[0-9]{1,6})?", result)
+
+
+@given(
+    st.recursive(
+        st.integers(0, 99).map(str),
+        lambda e: st.tuples(e, st.sampled_from("+-*"), e).map("({0[0]}{0[1]}{0[2]})".format),
+        max_leaves=6,
+    )
+)
+def test_the_calculator_agrees_with_python(expression: str) -> None:
+    expected = str(eval(expression))
+    assert calculate(expression) == (expected if len(expression) <= 64 else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 72", "72"),
+        ("a\n#### 1\n#### 1,000", "1000"),
+        ("####$5.0<|assistant_end|>", "5"),
+        ("#### -3", "-3"),
+        ("#### -$3", "-3"),
+        ("#### $-3", "-3"),
+        ("#### 50%", "50"),
+        ("#### .50", "0.5"),
+        ("#### 007.", "7"),
+        ("#### -0", "0"),
+        ("#### 12 apples", "12"),
+        ("72", None),
+        ("#### none", None),
+        ("#### 7 ####", None),
+        ("####\n7", None),
+        ("", None),
+    ],
+)
+def test_the_final_number_is_normalised(text: str, number: str | None) -> None:
+    assert final_number(text) == number
+
+
+@given(st.text())
+def test_only_the_right_number_is_rewarded(text: str) -> None:
+    problem = Problem("?", "#### 12345")
+    assert grade(problem, text) == float(final_number(text) == "12345")
+    assert grade(Problem("?", text), "no number") == 0.0
+
+
+def test_marks_become_tool_calls() -> None:
+    messages = conversation_of(Problem("Q", "She sold 48/2 = <<48/2=24>>24 clips.\n#### 24"))["messages"]
+    assert messages[0] == {"role": "user", "content": "Q"}
+    assert [(part["type"], part["text"]) for part in messages[1]["content"]] == [
+        ("text", "She sold 48/2 = "),
+        ("python", "48/2"),
+        ("python_output", "24"),
+        ("text", "24 clips.\n#### 24"),
+    ]
+
+
+def test_an_answer_without_marks_is_all_text() -> None:
+    messages = conversation_of(Problem("Q", "Ten.\n#### 10"))["messages"]
+    assert messages[1]["content"] == [{"type": "text", "text": "Ten.\n#### 10"}]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_gsm8k_references_are_right_and_altered_ones_wrong(shared_data: Path, split: synthetic.Split) -> None:
+    problems = GSM8K(str(shared_data / "gsm8k")).problems(split)
+    assert len(problems) == {"train": 7_473, "test": 1_319}[split]
+    for problem in problems:
+        number = final_number(problem.answer)
+        assert number is not None
+        assert grade(problem, problem.answer) == 1.0
+        altered = re.sub(r"####.*", f"#### {int(number) + 1}", problem.answer)
+        assert grade(problem, altered) == 0.0
+        assert grade(problem, number) == 0.0
+
+
+def test_the_calculator_agrees_with_gsm8k(shared_data: Path) -> None:
+    calls = agreed = 0
+    for problem in GSM8K(str(shared_data / "gsm8k")).problems("train"):
+        parts = conversation_of(problem)["messages"][1]["content"]
+        assert "<<" not in "".join(part["text"] for part in parts)
+        for call, output in pairwise(parts):
+            if call["type"] == "python":
+                calls += 1
+                agreed += calculate(call["text"]) == calculate(output["text"])
+    assert calls > 20_000
+    assert agreed / calls > 0.97
+
+
+def test_gsm8k_faults_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"train\.jsonl"):
+        GSM8K(str(tmp_path)).problems("train")
+    (tmp_path / "test.jsonl").write_text('{"q": "x", "a": "y"}\n')
+    with pytest.raises(ValueError, match="a row has q, a"):
+        GSM8K(str(tmp_path)).problems("test")
+
+
+def test_arithmetic_is_right_varied_and_the_calculator_confirms_it() -> None:
+    problems = Arithmetic(train_count=2_000).problems("train")
+    assert len(problems) == 2_000
+    assert len({problem.question for problem in problems}) > 1_900
+    for problem in problems:
+        parts = conversation_of(problem)["messages"][1]["content"]
+        outputs = [part["text"] for part in parts if part["type"] == "python_output"]
+        calls = [part["text"] for part in parts if part["type"] == "python"]
+        assert outputs == [calculate(call) for call in calls]
+        assert 1 <= len(outputs) <= 3
+        assert grade(problem, problem.answer) == 1.0
+        assert final_number(problem.answer) == outputs[-1]
+        # every operand is in the question or comes from an earlier step
+        known = set(re.findall(r"[0-9]+", problem.question))
+        for call, output in zip(calls, outputs, strict=True):
+            assert set(re.findall(r"[0-9]+", call)) <= known
+            known.add(output)
+            assert 2 <= int(output) < 1_000
+
+
+def test_arithmetic_is_a_function_of_its_seed() -> None:
+    assert Arithmetic(50, 50, seed=1).problems("test") == Arithmetic(80, 50, seed=1).problems("test")
+    assert Arithmetic(50, 50, seed=1).problems("test") != Arithmetic(50, 50, seed=2).problems("test")
+    assert list(synthetic.documents(3, 20, 1)) == list(synthetic.documents(3, 20, 1))
+    assert list(synthetic.documents(3, 20, 1)) != list(synthetic.documents(4, 20, 1))
+
+
+def pattern_of(question: str) -> tuple[str, tuple[str, ...]]:
+    """A question with names and objects blanked out, and its numbers: two problems of one kind look alike."""
+    words = {
+        *synthetic.NAMES,
+        *synthetic.PLACES,
+        *synthetic.DAYS,
+        *(word for pair in synthetic.OBJECTS for word in pair),
+    }
+    text = re.sub(r"[A-Za-z]+", lambda match: "_" if match[0] in words else match[0], question)
+    return re.sub("[0-9]+", "#", text), tuple(re.findall("[0-9]+", text))
+
+
+def test_no_training_problem_is_a_held_out_one_with_other_names() -> None:
+    held_out = {pattern_of(p.question) for seed in range(3) for p in Arithmetic(1, 1_000, seed).problems("test")}
+    seen = {pattern_of(p.question) for seed in range(3) for p in Arithmetic(20_000, seed=seed).problems("train")}
+    seen |= {pattern_of(line) for text in synthetic.documents(0, 3_000, 0) for line in text.splitlines()}
+    assert len(held_out) > 1_000
+    assert not held_out & seen
+
+
+def test_every_template_has_problems_of_one_two_and_three_steps() -> None:
+    steps = [program.count("=") for program, _ in synthetic.PROBLEMS]
+    assert len(steps) >= 30
+    assert set(steps) == {1, 2, 3}
+    assert all(len(wordings) >= 2 for _, wordings in synthetic.PROBLEMS)
