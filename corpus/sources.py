@@ -35,7 +35,8 @@ def units(spec: str, documents: int = 0, seed: int = 0) -> list[Unit]:
     """The work units of a corpus, ordered by path.
 
     `spec` is a file, a directory, a glob, an s3:// or gs:// URI of these, `hub:<dataset>[:config]`, or "synthetic"
-    (`documents` texts of `seed`). Units of files have their size in `bytes`. Raises FileNotFoundError when nothing matches, ValueError when a file cannot serve.
+    (`documents` texts of `seed`). Units of files have their size in `bytes`.
+    Raises FileNotFoundError when nothing matches, ValueError when a file cannot serve.
     """
     if spec == SYNTHETIC:
         starts = range(0, documents, DOCUMENTS_PER_UNIT)

@@ -51,7 +51,8 @@ class Attention(nn.Module):
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
+        return out
 
 
 class MLP(nn.Module):
@@ -61,7 +62,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(spec.ffn_width, spec.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.fc1(x)).square())
+        out: Tensor = self.fc2(F.relu(self.fc1(x)).square())
+        return out
 
 
 class Block(nn.Module):
@@ -72,7 +74,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(norm(x), cos, sin)
-        return x + self.mlp(norm(x))
+        x = x + self.mlp(norm(x))
+        return x
 
 
 class Trunk(nn.Module):

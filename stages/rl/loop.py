@@ -75,8 +75,8 @@ def reinforce(
         metrics = update(model, optimizers, sequences, completions, advantage, config, world)
         if metrics.get("logprob_difference", 0.0) > config.max_logprob_difference:
             raise RuntimeError(
-                f"step {step}: sampler and trainer differ by {metrics['logprob_difference']:.2g} nats a token, more "
-                f"than rl.max_logprob_difference={config.max_logprob_difference}: they do not compute with the same weights"
+                f"step {step}: sampler and trainer differ by {metrics['logprob_difference']:.2g} nats a token, "
+                f"more than rl.max_logprob_difference={config.max_logprob_difference}: their weights are not the same"
             )
         clock.append(time.perf_counter())
 
