@@ -14,24 +14,26 @@ REACH_TIMEOUT_S = 10
 FORWARDED = ("AWS_", "GOOGLE_", "HF_", "RAY_TRAIN_")
 
 
-def connect(local_dashboard: bool = True) -> str | None:
+def connect(debug: bool = False) -> str | None:
     """Connects this process to Ray and returns the dashboard's URL, None where there is no dashboard.
 
     `RAY_ADDRESS` names the cluster (`ray job submit` sets it); without it a private one starts here and ends with
-    this process. Credentials and endpoints of object stores go on to every worker. Calling it again changes nothing.
+    this process. Credentials and endpoints of object stores go on to every worker; `debug` shows here what they print. Calling it again changes nothing.
     Raises ConnectionError when the cluster cannot be reached or started.
     """
     if ray.is_initialized():
         return _dashboard_url(ray.worker.global_worker.node.webui_url)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Stages and actors that reserve no CPU are more processes than cores, of which Ray would warn.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
     address = os.environ.get("RAY_ADDRESS", "local")
-    local = {"include_dashboard": local_dashboard} if address == "local" else {}
+    local = {"include_dashboard": True} if address == "local" else {}
     try:
         _check_reachable(address)
         context = ray.init(
             address=address,
             runtime_env={"env_vars": _worker_env()},
-            log_to_driver=False,
+            log_to_driver=debug,
             logging_level="ERROR",
             **local,
         )

@@ -26,15 +26,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Row:
-    """One stage as last seen; `step0` and `time0` are where this view first saw it, to measure its speed."""
+    """One stage as last seen, and when which line about it was printed."""
 
     state: str = "waiting"
     progress: dict[str, Any] | None = None
-    step0: int = 0
-    time0: float = 0.0
+    line: str = ""
     said: float = 0.0
 
-    def cells(self, now: float) -> list[str]:
+    def cells(self) -> list[str]:
         """Step, loss or reward, tokens a second, time left; empty where not known or not running."""
         if self.state != "running" or self.progress is None:
             return ["", "", "", ""]
@@ -42,9 +41,8 @@ class Row:
         metrics = self.progress.get("metrics") or {}
         shown = next((f"{name} {metrics[name]:.4g}" for name in ("reward", "loss") if name in metrics), "")
         speed = f"{metrics['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in metrics else ""
-        left = ""
-        if steps and step > self.step0:
-            left = f"{duration((steps - step) * (now - self.time0) / (step - self.step0))} left"
+        seconds = self.progress.get("seconds_left")
+        left = f"{duration(seconds)} left" if seconds is not None else ""
         return [f"{step}/{steps}" if steps else str(step or ""), shown, speed, left]
 
 
@@ -91,12 +89,10 @@ class LiveView:
                 except (OSError, StorageError) as error:
                     log.debug("progress of %s is unread: %s", name, error)  # storage may hiccup; the run goes on
                     continue
-                if row.state == "running" and before != "running":
-                    row.step0, row.time0 = (row.progress or {}).get("step") or 0, now
                 if not self.console.is_terminal:
                     self._say(name, row, before != row.state, now)
         if self.console.is_terminal:
-            self.live.update(self._table(now))
+            self.live.update(self._table())
 
     def _look(self, name: str, row: Row) -> str:
         if manifests.read(self.store.stage(name)) is not None:
@@ -108,18 +104,18 @@ class LiveView:
         return str(progress.get("state", "running"))
 
     def _say(self, name: str, row: Row, changed: bool, now: float) -> None:
-        if changed or (row.state == "running" and now - row.said >= LINE_SECONDS):
-            row.said = now
-            line = "  ".join([f"{name:<14}", row.state, *filter(None, row.cells(now))])
+        line = "  ".join([f"{name:<14}", row.state, *filter(None, row.cells())])
+        if changed or (line != row.line and now - row.said >= LINE_SECONDS):
+            row.line, row.said = line, now
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def _table(self, now: float) -> Table:
+    def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, title=f"run {self.store.run}", title_justify="left")
         for column in ("stage", "state", "step", "metric", "speed", "time left"):
             table.add_column(column, no_wrap=True)
         for name, row in self.rows.items():
             style = STYLES.get(row.state, "dim")
-            table.add_row(name, f"[{style}]{row.state}[/]", *row.cells(now))
+            table.add_row(name, f"[{style}]{row.state}[/]", *row.cells())
         return table
 
 

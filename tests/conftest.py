@@ -1,0 +1,55 @@
+"""What several test files share: real data, and one whole run that the others branch off from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import ROOT, Run
+
+SEQUENCE_LEN = 128
+# Few problems, seen often: a model this small learns some of them by heart, so that RL has rewards to tell apart.
+SETTINGS = {
+    "model.depth": 2,
+    "model.vocab_size": 512,
+    "model.sequence_len": SEQUENCE_LEN,
+    "data.synthetic_documents": 1_500,
+    "data.synthetic_problems": 64,
+    "data.validation_documents": 32,
+    "base.steps": 40,
+    "base.precision": "fp32",
+    "base.device_batch_size": 8,
+    "mid.steps": 60,
+    "sft.steps": 60,
+    "rl.steps": 6,
+    "rl.prompts_per_step": 8,
+    "rl.samples_per_prompt": 4,
+    "rl.save_every": 1,
+    "evaluate.problems": 8,
+    "evaluate.samples": 2,
+}
+for stage in ("base", "mid", "sft"):
+    SETTINGS |= {f"{stage}.total_batch_size": 16 * SEQUENCE_LEN, f"{stage}.save_every": 10, f"{stage}.eval_every": 20}
+    SETTINGS |= {f"{stage}.eval_rows": 16}
+
+
+def flags(settings: dict[str, object]) -> list[str]:
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"needs the data folder {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One whole run, from nothing to RL; treat it as read-only."""
+    run = Run(tmp_path_factory.mktemp("runs"), "line", ["--preset", "demo", "--with-rl", *flags(SETTINGS)])
+    result = run.go(seconds=400)
+    assert result.code == 0, result.output
+    return Run(run.storage, run.name, run.settings, result)
