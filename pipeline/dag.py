@@ -128,13 +128,16 @@ def reuse(store: RunStore, other: RunStore, config: Config, names: Sequence[str]
 def submit(store: RunStore, config: Config, planned: Sequence[Planned], devices: Devices) -> dict[str, Any]:
     """Starts every stage that has something to do; returns the reference of each by name."""
     references: dict[str, Any] = {}
+    # Ray Train asks the state API whether its controller lives, and without an address the API may answer for another
+    # Ray on this machine, where there is no such actor: the workers would be taken down as orphans.
+    env = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
     for item in planned:
         name = item.state.name
         if item.action in ("", "skip"):
             continue
         waits = [references[u] for u in upstream_names(name) if u in references]
         gpus = 1 if devices.kind == "cuda" and name.startswith("evaluate") else 0
-        task = run_stage.options(name=f"stage:{name}", num_cpus=0, num_gpus=gpus, max_retries=0)
+        task = run_stage.options(name=f"stage:{name}", num_cpus=0, num_gpus=gpus, max_retries=0, runtime_env=env)
         references[name] = task.remote(name, config, store.storage.uri, devices, item.action, *waits)
     return references
 

@@ -10,6 +10,7 @@ from typing import Any
 import ray.exceptions
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import RayTrainError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.resources import Devices
@@ -17,7 +18,7 @@ from stages.context import StageContext
 
 ATTEMPTS = 4
 RAY_TRAIN = ".ray_train"  # where Ray Train keeps its own state while it runs
-LOST = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+LOST = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError, RayTrainError)
 
 logger = logging.getLogger(__name__)
 
