@@ -221,16 +221,14 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {
 
 
 def documents(index: int, count: int, seed: int) -> Iterator[str]:
-    """`count` documents of prose of roughly 300 characters; a pure function of (seed, index)."""
+    """`count` documents of prose and unsolved questions; a pure function of (seed, index)."""
     rng = random.Random(f"documents:{seed}:{index}")
     for _ in range(count):
         cast = _cast(rng)
         paragraphs = []
         for _ in range(rng.randint(1, 3)):
             if rng.random() < 0.5:
-                question, steps = _problem(rng, "train", cast)
-                worked = [f"{label}: {x}{op}{y}={value}" for label, x, op, y, value in steps]
-                paragraphs.append("\n".join([question, *worked, f"#### {steps[-1][-1]}"]))
+                paragraphs.append(_problem(rng, "train", cast)[0])
             else:
                 paragraphs.append(" ".join(_sentence(rng, cast) for _ in range(rng.randint(2, 5))))
         yield "\n\n".join(paragraphs)
