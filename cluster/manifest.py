@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -184,12 +185,19 @@ def checkpoints(stage: Storage) -> list[tuple[int, Storage]]:
     return sorted(((int(f.removeprefix("step_")), stage.at(CHECKPOINTS, f)) for f in folders), key=lambda c: c[0])
 
 
-def latest_checkpoint(stage: Storage) -> tuple[int, Storage, Manifest] | None:
-    """The newest complete checkpoint; a damaged one is passed over with a warning, as resuming is exact from any."""
+def latest_checkpoint(
+    stage: Storage, check: Callable[[Storage], Any] | None = None
+) -> tuple[int, Storage, Manifest] | None:
+    """The newest complete checkpoint; a damaged one is passed over with a warning, as resuming is exact from any.
+
+    `check` may look closer than at the sizes: it raises StorageError for what it finds damaged.
+    """
     for step, storage in reversed(checkpoints(stage)):
         try:
             if (manifest := read(storage)) is not None:
                 verify(storage, manifest)
+                if check is not None:
+                    check(storage)
                 return step, storage, manifest
         except StorageError as error:
             log.warning("checkpoint %d is passed over: %s", step, error)

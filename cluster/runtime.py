@@ -18,7 +18,8 @@ def connect(debug: bool = False) -> str | None:
     """Connects this process to Ray and returns the dashboard's URL, None where there is no dashboard.
 
     `RAY_ADDRESS` names the cluster (`ray job submit` sets it); without it a private one starts here and ends with
-    this process. Credentials and endpoints of object stores go on to every worker; `debug` shows here what they print. Calling it again changes nothing.
+    this process. Credentials and endpoints of object stores go on to every worker;
+    `debug` shows here what they print. Calling it again changes nothing.
     Raises ConnectionError when the cluster cannot be reached or started.
     """
     if ray.is_initialized():

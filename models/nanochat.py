@@ -126,7 +126,7 @@ class NanoChat(nn.Module):
         """ids (B, T) → capped scores (B, T, vocab), fp32."""
         scores = self.lm_head(self.hidden(ids)).float()
         cap = self.spec.softcap
-        return cap * torch.tanh(scores / cap)
+        return cap * torch.tanh(scores / cap) if cap else scores
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """ids and targets (B, T) → negative log-likelihood of each target (B, T), fp32, in nats."""

@@ -22,7 +22,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 TIMING = ("_ms", "tokens_per_second")  # what may differ between two runs of the same thing
-POLL_SECONDS = 0.02
+POLL_SECONDS, LOOK_SECONDS = 0.02, 0.5
 
 
 @functools.lru_cache
@@ -67,19 +67,23 @@ class Command:
 
     def until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Whether `condition` came true before the command ended; fails after `seconds`."""
-        deadline = time.monotonic() + seconds
+        now = time.monotonic()
+        deadline, looked = now + seconds, now
         while not condition():
             if self.process.poll() is not None:
                 return False
-            if time.monotonic() > deadline:
+            if (now := time.monotonic()) > deadline:
                 self.kill()
                 raise TimeoutError(f"{self.process.args} took more than {seconds} s:\n{self.output()}")
-            self.look()
+            if now - looked > LOOK_SECONDS:
+                self.look()
+                looked = now
             time.sleep(POLL_SECONDS)
         return True
 
     def kill(self) -> None:
         """kill -9 of the command and everything below it."""
+        self.look()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

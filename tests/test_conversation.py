@@ -41,15 +41,6 @@ RENDERED = (
 
 
 @pytest.fixture(scope="module")
-def shared_data() -> Path:
-    """The folder of real data beside the checkout."""
-    path = Path(__file__).parents[2] / "shared" / "data"
-    if not path.is_dir():
-        pytest.skip(f"needs the data folder {path}")
-    return path
-
-
-@pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train(synthetic.documents(0, 200, 0), 500)
 

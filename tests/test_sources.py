@@ -17,15 +17,6 @@ TEXTS = ["one", "two\r\nlines", "", "dréi \u2028 日本", "  ", "five"]
 KEPT = [text for text in TEXTS if text.strip()]
 
 
-@pytest.fixture(scope="module")
-def shared_data() -> Path:
-    """The folder of real data beside the checkout."""
-    path = Path(__file__).parents[2] / "shared" / "data"
-    if not path.is_dir():
-        pytest.skip(f"needs the data folder {path}")
-    return path
-
-
 def write_parquet(path: Path, columns: dict[str, list], row_group_size: int = 2) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, row_group_size=row_group_size)

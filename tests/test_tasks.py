@@ -18,15 +18,6 @@ from tasks.calculator import calculate
 from tasks.gsm8k import GSM8K
 
 
-@pytest.fixture(scope="module")
-def shared_data() -> Path:
-    """The folder of real data beside the checkout."""
-    path = Path(__file__).parents[2] / "shared" / "data"
-    if not path.is_dir():
-        pytest.skip(f"needs the data folder {path}")
-    return path
-
-
 @pytest.mark.parametrize(
     ("expression", "result"),
     [

@@ -22,15 +22,6 @@ TEXT = st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"])), PIE
 
 
 @pytest.fixture(scope="module")
-def shared_data() -> Path:
-    """The folder of real data beside the checkout."""
-    path = Path(__file__).parents[2] / "shared" / "data"
-    if not path.is_dir():
-        pytest.skip(f"needs the data folder {path}")
-    return path
-
-
-@pytest.fixture(scope="module")
 def novels(shared_data: Path) -> list[str]:
     return [text for unit in units(str(shared_data / "novels" / "val_*.parquet")) for text in read_unit(unit)]
 

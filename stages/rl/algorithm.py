@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -35,9 +34,3 @@ def group_statistics(rewards: Tensor) -> dict[str, float]:
     """Of rewards (prompts, samples): their mean, and the share of prompts solved by some samples but not by all."""
     mixed = (rewards != rewards[:, :1]).any(dim=1)
     return {"reward": rewards.mean().item(), "mixed_groups": mixed.float().mean().item()}
-
-
-def token_statistics(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """(3,): summed |trainer - sampler| logprob, its maximum, and the summed negative sampler logprob."""
-    difference = ((logprobs - sampler_logprobs) * mask).abs()
-    return torch.stack((difference.sum(), difference.max(), -(sampler_logprobs * mask).sum()))

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from models.nanochat import NanoChat
 from stages.config import RLConfig
-from stages.rl.algorithm import policy_loss, token_statistics
+from stages.rl.algorithm import policy_loss
 from stages.rl.rollout import Completion
 from stages.training.optimizer import step_optimizers
 from stages.training.parallel import World, autocast
@@ -45,8 +45,8 @@ def update(
     sampled = world.sum(torch.tensor(float(sum(sum(c.sampled) for c in completions)), device=world.device))
     # neighbours in length share a micro-batch, which saves padding
     order = sorted(torch.nonzero(advantage).flatten().tolist(), key=lambda i: len(prompts[i] + completions[i].tokens))
-    statistics = torch.zeros(3, device=world.device)
-    scored = torch.zeros((), device=world.device)
+    sums = torch.zeros(3, device=world.device)  # |trainer - sampler|, surprise, tokens
+    worst = torch.zeros((), device=world.device)
     for start in range(0, len(order), config.device_batch_size):
         chosen = order[start : start + config.device_batch_size]
         batch = collate([prompts[i] for i in chosen], [completions[i] for i in chosen], world.device)
@@ -55,20 +55,19 @@ def update(
         sampler, mask = batch["sampler_logprobs"], batch["mask"]
         loss = policy_loss(logprobs, sampler, advantage[chosen].to(world.device), mask, config.ratio_cap)
         (loss / sampled.clamp(min=1)).backward()
-        found = token_statistics(logprobs.detach(), sampler, mask)
-        statistics = torch.stack((statistics[0] + found[0], statistics[1].maximum(found[1]), statistics[2] + found[2]))
-        scored += mask.sum()
-    trained = world.sum(scored)
+        difference = ((logprobs.detach() - sampler) * mask).abs()
+        sums += torch.stack((difference.sum(), -(sampler * mask).sum(), mask.sum()))
+        worst = worst.maximum(difference.max())
+    difference_sum, surprise, trained = world.sum(sums).tolist()
     if trained == 0:  # every group was solved by all of its samples or by none
         return {"grad_norm": 0.0, "trained_tokens": 0.0}
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     world.sum_gradients(model)
-    difference, worst, surprise = statistics.tolist()
     return {
         "grad_norm": step_optimizers(model, optimizers, config.grad_clip).item(),
-        "trained_tokens": trained.item(),
-        "logprob_difference": difference / max(scored.item(), 1.0),
-        "logprob_difference_max": worst,
-        "entropy": surprise / max(scored.item(), 1.0),
+        "trained_tokens": trained,
+        "logprob_difference": difference_sum / trained,
+        "logprob_difference_max": world.gather(worst[None]).max().item(),
+        "entropy": surprise / trained,
     }

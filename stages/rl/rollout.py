@@ -113,12 +113,13 @@ class Engine:
 
         engine, turns = self.llm.llm_engine, 0
         done = [[Completion(weight_version=self.weight_version) for _ in range(samples)] for _ in prompts]
+        limits = [max(0, min(max_new_tokens, self.max_len - len(p))) for p in prompts]
         open_turns: dict[str, tuple[int, int]] = {}
 
         def go_on(i: int, j: int) -> None:
             nonlocal turns
             so_far = done[i][j]
-            room = min(max_new_tokens, self.max_len - len(prompts[i])) - len(so_far.tokens)
+            room = limits[i] - len(so_far.tokens)
             if room <= 0:
                 return
             params = SamplingParams(
@@ -147,9 +148,9 @@ class Engine:
                 if tokens[-1:] == [self._call[1]]:
                     completion.extend(self._answer(completion.tokens), None)
                     go_on(i, j)
-        limit = max_new_tokens
-        for completion in (c for group in done for c in group):  # a tool's result may run past the limit
-            del completion.tokens[limit:], completion.sampled[limit:], completion.logprobs[limit:]
+        for limit, group in zip(limits, done, strict=True):
+            for completion in group:  # a tool's result may run past the limit
+                del completion.tokens[limit:], completion.sampled[limit:], completion.logprobs[limit:]
         return done
 
     def _answer(self, tokens: list[int]) -> list[int]:
@@ -197,7 +198,8 @@ class RolloutPool:
     def _start(self) -> Any:
         env = dict(CPU_ENV if not self.on_gpu else ENGINE_ENV)
         if self.on_gpu:  # the trainer's own device, which Ray would otherwise hide from an actor that asks for none
-            env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+            env["CUDA_VISIBLE_DEVICES"] = visible[int(os.environ.get("LOCAL_RANK", 0)) % len(visible)]
             env["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": env}}
@@ -205,6 +207,7 @@ class RolloutPool:
 
     def sync(self, state: dict[str, Tensor], version: int) -> None:
         """Gives every actor these weights. RuntimeError when an actor holds others afterwards."""
+        state = {name: weight.detach().cpu() for name, weight in state.items()}
         self._current = (ray.put(state), version, digest(state))
         for held in self._each(lambda actor, _: self._load(actor)):
             if held != self._current[2]:

@@ -46,13 +46,16 @@ class Reporter:
         self._pending = {"step": step, **values}
 
     def flush(self) -> None:
-        """Reads out the last record; raises FloatingPointError when its loss is not finite."""
+        """Reads out the last record; raises FloatingPointError when its loss or gradient is not finite."""
         if self._pending is None:
             return
         record = {k: v.item() if isinstance(v, Tensor) else v for k, v in self._pending.items()}
         self._pending = None
-        if not math.isfinite(record.get("loss", 0.0)):
-            raise FloatingPointError(f"the loss is {record['loss']} at step {record['step']}: lower lr_scale and go on")
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(record.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"{name} is {record[name]} at step {record['step']}: lower this stage's lr_scale and --force it"
+                )
         self.records.append(record)
         self._publish_progress()
 

@@ -27,6 +27,8 @@ class World:
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return World(rank, size, device, threads)
 
     def sum(self, value: Tensor) -> Tensor:

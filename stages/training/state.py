@@ -49,7 +49,8 @@ class Checkpoints:
     def __init__(self, context: StageContext, world: World, scratch: Path, reporter: Reporter, keep_last: int) -> None:
         self.context, self.world, self.scratch, self.reporter = context, world, scratch, reporter
         self.keep_last = keep_last
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        # of its own, as collectives in the background must not mix with training's; and gloo, as DCP saves from the CPU
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._publishing: Future[None] | None = None
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -57,13 +58,13 @@ class Checkpoints:
     def restore(self, model: nn.Module, optimizers: list[Optimizer]) -> int:
         """Loads the newest complete checkpoint, whatever world wrote it; returns the step to go on with, 0 if none."""
         storage = self.context.storage
-        found = manifest.latest_checkpoint(storage)
+        found = manifest.latest_checkpoint(storage, check=manifest.fetch)
         self.world.barrier()
-        if self.world.rank == 0:  # parts that a killed attempt left would be taken for this attempt's
-            complete = {at.uri for _, at in manifest.checkpoints(storage)}
+        if self.world.rank == 0:  # what is newer is damaged or half uploaded, and would mix with this attempt's parts
             for name in {f.split("/")[0] for f in storage.list(manifest.CHECKPOINTS)}:
-                if storage.at(manifest.CHECKPOINTS, name).uri not in complete:
-                    storage.delete(f"{manifest.CHECKPOINTS}/{name}")
+                at = storage.at(manifest.CHECKPOINTS, name)
+                if found is None or at.uri > found[1].uri:
+                    manifest.remove(at)
         self.world.barrier()
         if found is None:
             return 0

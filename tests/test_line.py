@@ -1,0 +1,146 @@
+"""One command makes everything, once; what it leaves can be read by others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs import Run, fathom
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from corpus.synthetic import documents
+from corpus.tokenizers import SPECIAL_TOKENS, Tokenizer
+from models.hf import from_pretrained
+
+STAGES = [
+    "tokenizer", "ingest", "base", "evaluate_base", "mid", "evaluate_mid", "sft", "evaluate_sft", "rl", "evaluate_rl",
+]  # fmt: skip
+EXPECTED_STEPS = {"base": 40, "mid": 50, "sft": 30, "rl": 6}
+
+
+def test_every_stage_is_done_and_says_what_it_reached(line: Run) -> None:
+    status = line.status()
+    assert set(status) == {"run", "stages"} and status["run"] == "line"
+    assert [stage["name"] for stage in status["stages"]] == STAGES
+    for stage in status["stages"]:
+        assert set(stage) == {"name", "state", "seconds", "metrics", "uri"}
+        assert stage["state"] == "done" and stage["seconds"] > 0
+        assert stage["uri"] == str(line.path / stage["name"])
+    metrics = {stage["name"]: stage["metrics"] for stage in status["stages"]}
+    for name in ("base", "evaluate_base"):
+        assert 0 < metrics[name]["val_bpb"] < 3
+    for name in ("evaluate_mid", "evaluate_sft", "evaluate_rl"):
+        assert 0 <= metrics[name]["pass_at_1"] <= 1 and 0 <= metrics[name]["pass_at_2"] <= 1
+        assert metrics[name]["problems"] == 8
+    assert 0 < metrics["rl"]["reward"] <= 1
+
+
+def test_the_last_table_has_every_stage_with_its_figures(line: Run) -> None:
+    assert line.result is not None
+    table = line.result.output[line.result.output.rindex("artifact") :]
+    rows = {row.split()[0]: row for row in table.splitlines()[1:] if row.strip()}
+    assert list(rows) == STAGES
+    assert all(str(line.path / name) in row for name, row in rows.items())
+    assert "val_bpb" in rows["evaluate_base"] and "pass_at_1" in rows["evaluate_rl"]
+
+
+@pytest.mark.parametrize("stage", EXPECTED_STEPS)
+def test_every_step_is_on_record(line: Run, stage: str) -> None:
+    records = line.records(stage)
+    stepped = [record for record in records if "loss" in record or "reward" in record]
+    assert [record["step"] for record in stepped] == list(range(EXPECTED_STEPS[stage]))
+    assert all("tokens_per_second" in record for record in stepped)
+    assert all(isinstance(value, (int, float)) for record in records for value in record.values())
+    if stage != "rl":
+        measured = [record["step"] for record in records if "val_bpb" in record]
+        assert measured == [*range(0, EXPECTED_STEPS[stage], 20), EXPECTED_STEPS[stage]]
+
+
+def test_base_learns(line: Run) -> None:
+    measured = [record["val_bpb"] for record in line.records("base") if "val_bpb" in record]
+    assert measured == sorted(measured, reverse=True) and measured[-1] < 0.6 * measured[0]
+
+
+def test_rl_has_rewards_to_tell_apart(line: Run) -> None:
+    """Else nothing that is said of RL's steps here or in test_resume.py would mean anything."""
+    records = line.records("rl")
+    assert sum(record["trained_tokens"] > 0 for record in records) >= 3
+    assert sum(record["reward"] > 0 for record in records) >= 3
+    assert all(record.get("logprob_difference", 0.0) < 1e-5 for record in records)
+    assert (line.path / "rl/model.safetensors").read_bytes() != (line.path / "sft/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "base", "rl"])
+def test_transformers_reads_the_tokenizer(line: Run, stage: str) -> None:
+    ours, theirs = Tokenizer.load(line.path / stage), AutoTokenizer.from_pretrained(line.path / stage)
+    assert ours.vocab_size == len(theirs) == 512
+    for text in [*documents(90, 20, 1), "Ünïcode, 中文 and 🙂\n\n  1234567 3.5\tdon't"]:
+        assert theirs.encode(text) == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text)) == text
+    assert [theirs.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS] == list(map(ours.special, SPECIAL_TOKENS))
+
+
+@pytest.mark.parametrize("stage", ["base", "rl"])
+def test_transformers_reads_the_model(line: Run, stage: str) -> None:
+    ours = from_pretrained(line.path / stage)
+    theirs = AutoModelForCausalLM.from_pretrained(line.path / stage, dtype=torch.float32)
+    ids = torch.randint(512, (2, 96), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (ours.logits(ids) - theirs(ids).logits).abs().max().item()
+    assert difference < 1e-4
+
+
+def test_what_was_asked_and_answered_is_kept(line: Run) -> None:
+    lines = (line.path / "evaluate_rl/completions.jsonl").read_text().splitlines()
+    records = [json.loads(text) for text in lines]
+    assert len(records) == 8 and all(len(record["rewards"]) == 2 for record in records)
+    trained_on = (line.path / "ingest/task/train.jsonl").read_text()
+    assert not any(json.dumps(record["question"]) in trained_on for record in records)
+
+
+def test_nothing_is_left_behind(line: Run) -> None:
+    assert line.result is not None
+    assert line.result.left_behind == []
+    assert sorted(path.name for path in line.path.iterdir()) == sorted([*STAGES, "config.json"])
+    for stage in STAGES:
+        listed = {entry["path"] for entry in json.loads((line.path / stage / "manifest.json").read_text())["files"]}
+        there = {str(p.relative_to(line.path / stage)) for p in (line.path / stage).rglob("*") if p.is_file()}
+        assert there == listed | {"manifest.json"}
+
+
+def test_the_same_command_again_skips_everything(line: Run) -> None:
+    before = line.manifests()
+    again = line.go(seconds=60)
+    assert again.code == 0, again.output
+    assert again.seconds < 20
+    assert line.manifests() == before
+    assert "running" not in again.output and again.output.count(" done ") == len(STAGES)
+
+
+def test_a_dry_run_shows_the_plan_and_makes_nothing(line: Run, tmp_path: Path) -> None:
+    fresh = Run(tmp_path / "runs", "fresh", line.settings).go("--dry-run", "--until", "sft", seconds=60)
+    assert fresh.code == 0, fresh.output
+    rows = [row.split() for row in fresh.output.splitlines()]
+    assert ["base", "fresh", "run"] in rows and ["rl", "fresh", "not", "asked", "for"] in rows
+    assert not (tmp_path / "runs").exists()
+    made = line.go("--dry-run", seconds=60)
+    assert all([stage, "done", "skip"] in [row.split() for row in made.output.splitlines()] for stage in STAGES)
+
+
+def test_another_run_takes_what_it_would_make_the_same(line: Run, tmp_path: Path) -> None:
+    """All of it without Ray; with another seed for SFT's data order nothing could be taken."""
+    taken = Run(line.storage, "taken", line.settings)
+    result = taken.go("--reuse-from", "line", seconds=60)
+    assert result.code == 0, result.output
+    assert taken.manifests() == line.manifests()
+    other = Run(line.storage, "other", [*line.settings, "--set", "base.matrix_lr=0.03"])
+    result = other.go("--reuse-from", "line", "--until", "ingest", seconds=60)
+    assert result.code == 0, result.output
+    assert set(other.manifests()) == {"tokenizer", "ingest"}
+
+
+def test_status_of_a_run_that_is_not_there_says_so(tmp_path: Path) -> None:
+    result = fathom("status", "nothing", "--storage", str(tmp_path))
+    assert result.code == 1 and "Traceback" not in result.output and "no run 'nothing'" in result.output

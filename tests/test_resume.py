@@ -1,0 +1,56 @@
+"""Kill it at any moment and give the same command again: it goes on, and nobody can tell from the record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import Run, kill_at_checkpoint, one_clear_message
+
+UPSTREAM = {
+    "base": ("tokenizer", "ingest"),
+    "mid": ("tokenizer", "ingest", "base"),
+    "sft": ("tokenizer", "ingest", "base", "mid"),
+    "rl": ("tokenizer", "ingest", "base", "mid", "sft"),
+}
+
+
+@pytest.mark.parametrize("stage", UPSTREAM)
+def test_a_killed_stage_goes_on_as_if_nothing_had_been(line: Run, tmp_path: Path, stage: str) -> None:
+    run = line.branch(tmp_path, *UPSTREAM[stage])
+    upstream = run.manifests()
+    step = kill_at_checkpoint(run, stage, "--only", stage)
+    assert run.states()[stage] == "resumable"
+    recorded = (run.path / stage / f"checkpoints/step_{step:06d}/metrics.jsonl").read_text()
+    plan = run.go("--only", stage, "--dry-run", seconds=60)
+    assert f"resume from step {step}" in plan.output
+    result = run.go("--only", stage, seconds=200)
+    assert result.code == 0, result.output
+    assert not result.left_behind
+    assert run.states()[stage] == "done"
+    assert run.lasting(stage) == line.lasting(stage)
+    # Down to the times it took, the steps before the checkpoint are those of the killed command.
+    assert recorded and (run.path / stage / "metrics.jsonl").read_text().startswith(recorded)
+    weights = f"{stage}/model.safetensors"
+    assert (run.path / weights).read_bytes() == (line.path / weights).read_bytes()
+    made = run.manifests()
+    assert {name: made[name] for name in upstream} == upstream
+    assert sorted(p.name for p in run.path.iterdir()) == sorted([*UPSTREAM[stage], stage, "config.json"])
+
+
+def test_a_stage_that_raises_leaves_the_others_done_and_only_it_is_made_again(line: Run, tmp_path: Path) -> None:
+    run = line.branch(tmp_path, "tokenizer")
+    nowhere = tmp_path / "nowhere"
+    failed = run.go("--until", "base", "--gsm8k", str(nowhere))
+    one_clear_message(failed, "stage ingest failed", str(nowhere), "run the same command again")
+    states = run.states()
+    assert states["tokenizer"] == "done" and states["ingest"] == "failed" and states["base"] == "fresh"
+    before = run.manifests()
+    assert set(before) == {"tokenizer"}
+    result = run.go("--only", "ingest")
+    assert result.code == 0, result.output
+    made = run.manifests()
+    assert set(made) == {"tokenizer", "ingest"} and made["tokenizer"] == before["tokenizer"]
+    ingested = line.path / "ingest"
+    for file in (path for path in ingested.rglob("*") if path.is_file() and path.name != "manifest.json"):
+        assert (run.path / "ingest" / file.relative_to(ingested)).read_bytes() == file.read_bytes()
