@@ -14,6 +14,8 @@ from typing import Literal
 
 Split = Literal["train", "test"]
 
+BY_HEAD = 0.6
+
 NAMES = (
     "Maya", "Ben", "Lia", "Omar", "Nina", "Tom", "Sara", "Leo", "Ada", "Sam", "Ivy", "Max",
     "Rosa", "Jack", "Mina", "Paul", "Eva", "Hugo", "Anna", "Kofi", "Lucy", "Finn", "Zoe", "Carl",
@@ -221,14 +223,15 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {
 
 
 def documents(index: int, count: int, seed: int) -> Iterator[str]:
-    """`count` documents of prose and unsolved questions; a pure function of (seed, index)."""
+    """`count` documents of prose and worked problems, about 300 characters; a pure function of (seed, index)."""
     rng = random.Random(f"documents:{seed}:{index}")
     for _ in range(count):
         cast = _cast(rng)
         paragraphs = []
         for _ in range(rng.randint(1, 3)):
             if rng.random() < 0.5:
-                paragraphs.append(_problem(rng, "train", cast)[0])
+                question, steps = _problem(rng, "train", cast)
+                paragraphs.append("\n".join([question, *_solution(steps, marked=False)]))
             else:
                 paragraphs.append(" ".join(_sentence(rng, cast) for _ in range(rng.randint(2, 5))))
         yield "\n\n".join(paragraphs)
@@ -237,14 +240,15 @@ def documents(index: int, count: int, seed: int) -> Iterator[str]:
 def problems(split: Split, count: int, seed: int) -> list[dict[str, str]]:
     """`count` rows of `question` and `answer` in GSM8K's form: a line a step with `<<48/2=24>>`, last `#### 24`.
 
-    Operands are 2 to 99, results are whole numbers from 2 to 999.
+    Operands are 2 to 99, results are whole numbers from 2 to 999. Of the training answers a share of BY_HEAD carries no
+    mark, so the calculator is not called: who imitates them reckons by head and errs, and RL can find out what pays.
     """
     rng = random.Random(f"problems:{split}:{seed}")
     rows = []
     for _ in range(count):
         question, steps = _problem(rng, split, _cast(rng))
-        lines = [f"{label}: <<{x}{op}{y}={value}>>{value}" for label, x, op, y, value in steps]
-        rows.append({"question": question, "answer": "\n".join([*lines, f"#### {steps[-1][-1]}"])})
+        marked = split == "test" or rng.random() >= BY_HEAD
+        rows.append({"question": question, "answer": "\n".join(_solution(steps, marked))})
     return rows
 
 
@@ -254,6 +258,11 @@ def held_out(template: int, operands: dict[str, int]) -> bool:
 
 
 Step = tuple[str, int, str, int, int]  # label, left, operator, right, result
+
+
+def _solution(steps: list[Step], marked: bool) -> list[str]:
+    form = "{0}: <<{1}{2}{3}={4}>>{4}" if marked else "{0}: {1}{2}{3}={4}"
+    return [*(form.format(*step) for step in steps), f"#### {steps[-1][-1]}"]
 
 
 def _problem(rng: random.Random, split: Split, cast: dict[str, str]) -> tuple[str, list[Step]]:

@@ -173,7 +173,7 @@ def write_conversations(
     """Rows of mid (all conversations, every token counts) and sft (problems and as many chats, masked, padded)."""
     records = islice(read_records(data.chat), data.max_chat) if data.chat != NONE else ()
     chats = [from_record(record) for record in records]
-    solved = [conversation_of(p) for p in problems[: data.max_solved]]
+    solved = [conversation_of(p) for p in problems]
     if not chats and not solved:
         raise ValueError("there are no conversations for mid and sft: give --chat, --gsm8k or both")
     mixtures = {"mid": chats + solved, "sft": solved + chats[: len(solved) or None]}
