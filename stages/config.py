@@ -43,9 +43,6 @@ class DataConfig(Section):
     )
     validation_documents: int = Field(512, ge=1, description="documents held out for validation")
     max_chat: int | None = Field(None, ge=1, description="use at most this many conversations")
-    max_solved: int | None = Field(
-        None, ge=1, description="problems shown with their solution in mid and sft; RL asks all of them"
-    )
     synthetic_documents: int = Field(20_000, ge=64, description="documents the synthetic corpus has")
     synthetic_problems: int = Field(40_000, ge=64, description="training problems the arithmetic task has")
 

@@ -50,6 +50,6 @@ def shared_data() -> Path:
 def line(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One whole run, from nothing to RL; treat it as read-only."""
     run = Run(tmp_path_factory.mktemp("runs"), "line", ["--preset", "demo", "--with-rl", *flags(SETTINGS)])
-    result = run.go(seconds=400)
+    result = run.go(seconds=900)
     assert result.code == 0, result.output
     return Run(run.storage, run.name, run.settings, result)

@@ -131,7 +131,7 @@ def start(name: str, *arguments: str, **extra: str) -> Command:
     return Command(sys.executable, "-m", f"pipeline.{name}", *arguments, **extra)
 
 
-def fathom(name: str, *arguments: str, seconds: float = 300) -> Result:
+def fathom(name: str, *arguments: str, seconds: float = 600) -> Result:
     """`python -m pipeline.NAME ARGUMENTS` from beginning to end."""
     return start(name, *arguments).finish(seconds)
 
@@ -152,7 +152,7 @@ class Run:
     def arguments(self, *more: str) -> list[str]:
         return ["--name", self.name, "--storage", str(self.storage), *self.settings, *more]
 
-    def go(self, *more: str, seconds: float = 300) -> Result:
+    def go(self, *more: str, seconds: float = 600) -> Result:
         return fathom("run", *self.arguments(*more), seconds=seconds)
 
     def states(self) -> dict[str, str]:
@@ -160,7 +160,7 @@ class Run:
         return {stage["name"]: stage["state"] for stage in self.status()["stages"]}
 
     def status(self) -> dict[str, Any]:
-        shown = fathom("status", self.name, "--storage", str(self.storage), "--json", seconds=60)
+        shown = fathom("status", self.name, "--storage", str(self.storage), "--json", seconds=120)
         assert shown.code == 0, shown.output
         return dict(json.loads(shown.output))
 
@@ -186,7 +186,7 @@ class Run:
         return copy
 
 
-def kill_at_checkpoint(run: Run, stage: str, *more: str, seconds: float = 240) -> int:
+def kill_at_checkpoint(run: Run, stage: str, *more: str, seconds: float = 400) -> int:
     """Begin a run and kill -9 all of it once `stage` has a checkpoint; returns the step of the newest by then."""
 
     def saved() -> list[Path]:

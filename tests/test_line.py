@@ -112,7 +112,7 @@ def test_nothing_is_left_behind(line: Run) -> None:
 
 def test_the_same_command_again_skips_everything(line: Run) -> None:
     before = line.manifests()
-    again = line.go(seconds=60)
+    again = line.go(seconds=120)
     assert again.code == 0, again.output
     assert again.seconds < 20
     assert line.manifests() == before
@@ -120,23 +120,23 @@ def test_the_same_command_again_skips_everything(line: Run) -> None:
 
 
 def test_a_dry_run_shows_the_plan_and_makes_nothing(line: Run, tmp_path: Path) -> None:
-    fresh = Run(tmp_path / "runs", "fresh", line.settings).go("--dry-run", "--until", "sft", seconds=60)
+    fresh = Run(tmp_path / "runs", "fresh", line.settings).go("--dry-run", "--until", "sft", seconds=120)
     assert fresh.code == 0, fresh.output
     rows = [row.split() for row in fresh.output.splitlines()]
     assert ["base", "fresh", "run"] in rows and ["rl", "fresh", "not", "asked", "for"] in rows
     assert not (tmp_path / "runs").exists()
-    made = line.go("--dry-run", seconds=60)
+    made = line.go("--dry-run", seconds=120)
     assert all([stage, "done", "skip"] in [row.split() for row in made.output.splitlines()] for stage in STAGES)
 
 
 def test_another_run_takes_what_it_would_make_the_same(line: Run, tmp_path: Path) -> None:
     """All of it without Ray; with another seed for SFT's data order nothing could be taken."""
     taken = Run(line.storage, "taken", line.settings)
-    result = taken.go("--reuse-from", "line", seconds=60)
+    result = taken.go("--reuse-from", "line", seconds=120)
     assert result.code == 0, result.output
     assert taken.manifests() == line.manifests()
     other = Run(line.storage, "other", [*line.settings, "--set", "base.matrix_lr=0.03"])
-    result = other.go("--reuse-from", "line", "--until", "ingest", seconds=60)
+    result = other.go("--reuse-from", "line", "--until", "ingest", seconds=120)
     assert result.code == 0, result.output
     assert set(other.manifests()) == {"tokenizer", "ingest"}
 

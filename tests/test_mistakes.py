@@ -31,14 +31,14 @@ DEMO = ["--preset", "demo", *flags(SETTINGS)]
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
 def test_what_was_given_wrong_is_named(tmp_path: Path, wrong: Settings, said: list[str]) -> None:
-    result = fathom("run", *DEMO, "--storage", str(tmp_path / "runs"), *wrong, seconds=60)
+    result = fathom("run", *DEMO, "--storage", str(tmp_path / "runs"), *wrong, seconds=120)
     one_clear_message(result, *said)
     assert not (tmp_path / "runs").exists()
 
 
 def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    result = fathom("run", *DEMO, "--storage", str(tmp_path / "file/runs"), seconds=60)
+    result = fathom("run", *DEMO, "--storage", str(tmp_path / "file/runs"), seconds=120)
     one_clear_message(result, str(tmp_path / "file/runs"), "cannot be written", "--storage")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -74,7 +74,7 @@ def test_a_corpus_that_cannot_be_used(tmp_path: Path, corpus: Callable[[Path], s
 
 def test_a_changed_setting_shows_the_field_and_loses_nothing(line: Run) -> None:
     before = line.manifests()
-    result = line.go("--set", "mid.matrix_lr=0.5", "--set", "rl.ratio_cap=3", seconds=60)
+    result = line.go("--set", "mid.matrix_lr=0.5", "--set", "rl.ratio_cap=3", seconds=120)
     one_clear_message(
         result, "mid: mid.matrix_lr: 0.02 -> 0.5", "rl: rl.ratio_cap: 2.0 -> 3.0", "--force mid --force rl", "--name"
     )
@@ -84,7 +84,7 @@ def test_a_changed_setting_shows_the_field_and_loses_nothing(line: Run) -> None:
 
 def test_a_setting_of_how_and_not_what_drifts_nothing(line: Run) -> None:
     before = line.manifests()
-    result = line.go("--set", "base.save_every=7", "--set", "base.device_batch_size=4", "--workers", "2", seconds=60)
+    result = line.go("--set", "base.save_every=7", "--set", "base.device_batch_size=4", "--workers", "2", seconds=120)
     assert result.code == 0, result.output
     assert line.manifests() == before
 
@@ -101,16 +101,16 @@ def test_a_damaged_artifact_is_named_and_not_used(line: Run, tmp_path: Path, dam
         weights.unlink()
         fault = "model.safetensors is missing"
     before = run.manifests()
-    one_clear_message(run.go("--until", "mid", seconds=60), str(run.path / "base"), fault, "--force base")
+    one_clear_message(run.go("--until", "mid", seconds=120), str(run.path / "base"), fault, "--force base")
     assert run.manifests() == before
-    forced = run.go("--until", "mid", "--force", "base", "--dry-run", seconds=60)
+    forced = run.go("--until", "mid", "--force", "base", "--dry-run", seconds=120)
     rows = [row.split() for row in forced.output.splitlines()]
     assert ["base", "fresh", "run"] in rows and ["ingest", "done", "skip"] in rows
 
 
 def test_a_stage_whose_input_is_not_made(line: Run, tmp_path: Path) -> None:
     run = line.branch(tmp_path, "tokenizer", "ingest")
-    one_clear_message(run.go("--only", "mid", seconds=60), "mid reads base", "--from base")
+    one_clear_message(run.go("--only", "mid", seconds=120), "mid reads base", "--from base")
     assert set(run.manifests()) == {"tokenizer", "ingest"}
 
 
@@ -119,7 +119,7 @@ def test_a_second_run_of_the_same_name_is_told_who_holds_it(tmp_path: Path) -> N
     first = start("run", *run.arguments("--until", "tokenizer"))
     try:
         assert first.until((run.path / "claim.json").exists, 60), first.output()
-        second = run.go("--until", "tokenizer", seconds=60)
+        second = run.go("--until", "tokenizer", seconds=120)
         one_clear_message(second, "run held is held by", f"pid {first.process.pid}", "--name")
         ended = first.finish(120)
         assert ended.code == 0, ended.output
