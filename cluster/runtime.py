@@ -38,7 +38,7 @@ def connect(debug: bool = False) -> str | None:
             logging_level="ERROR",
             **local,
         )
-    except (RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # Ray raises bare Exceptions too, such as for a node that is slow to start
         if address == "local":
             advice = "a leftover Ray may hold its ports: `ray stop` ends it, `fathom doctor` shows what is taken"
             raise ConnectionError(f"Ray did not start on this machine: {error}; {advice}") from error

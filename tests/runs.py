@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -47,18 +47,21 @@ class Command:
 
     def __init__(self, *command: str, **extra: str) -> None:
         self.began = time.monotonic()
-        # A file and not a pipe: a pipe would stay open in any process that outlives the command.
-        self._out = tempfile.TemporaryFile()  # noqa: SIM115
+        # Files and not pipes: a pipe would stay open in any process that outlives the command.
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(**extra), stdout=self._out, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+            command, cwd=ROOT, env=environment(**extra), stdout=self._out, stderr=self._err, start_new_session=True
+        )
         self.root = psutil.Process(self.process.pid)
         self.below: set[psutil.Process] = set()
 
     def output(self) -> str:
-        self._out.seek(0)
-        return self._out.read().decode(errors="replace")
+        """All it has said, what went to stderr last."""
+        return self._text(self._out) + self._text(self._err)
+
+    @staticmethod
+    def _text(file: IO[bytes]) -> str:
+        return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
 
     def look(self) -> None:
         """Remember the processes it has by now."""
@@ -115,13 +118,14 @@ class Command:
             with contextlib.suppress(psutil.NoSuchProcess):
                 names.append(process.name())
         self.kill()
-        return Result(self.process.returncode, self.output(), took, names)
+        return Result(self.process.returncode, self.output(), self._text(self._out), took, names)
 
 
 @dataclass(frozen=True)
 class Result:
     code: int
     output: str
+    stdout: str
     seconds: float
     left_behind: list[str]
 
@@ -162,7 +166,7 @@ class Run:
     def status(self) -> dict[str, Any]:
         shown = fathom("status", self.name, "--storage", str(self.storage), "--json", seconds=120)
         assert shown.code == 0, shown.output
-        return dict(json.loads(shown.output))
+        return dict(json.loads(shown.stdout))
 
     def manifests(self) -> dict[str, bytes]:
         return {path.parent.name: path.read_bytes() for path in sorted(self.path.glob("*/manifest.json"))}

@@ -69,7 +69,7 @@ def test_a_submitted_run_succeeds_and_its_tasks_are_seen(cluster: str, tmp_path:
     assert [name for name, state in states.items() if state == "done"] == ["tokenizer", "ingest", "base"]
     listed = Command("ray", "list", "tasks", "--address", cluster, "--format", "json", "--limit", "1000").finish(60)
     assert listed.code == 0, listed.output
-    tasks = json.loads(listed.output[listed.output.index("[") :])
+    tasks = json.loads(listed.stdout)
     stages = {task["name"]: task["state"] for task in tasks if task["name"].startswith("stage:")}
     assert stages == dict.fromkeys(["stage:tokenizer", "stage:ingest", "stage:base"], "FINISHED")
 
