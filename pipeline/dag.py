@@ -138,19 +138,18 @@ def submit(store: RunStore, config: Config, planned: Sequence[Planned], devices:
         waits = [references[u] for u in upstream_names(name) if u in references]
         gpus = 1 if devices.kind == "cuda" and name.startswith("evaluate") else 0
         task = run_stage.options(name=f"stage:{name}", num_cpus=0, num_gpus=gpus, max_retries=0, runtime_env=env)
-        references[name] = task.remote(name, config, store.storage.uri, devices, item.action, *waits)
+        references[name] = task.remote(name, config, devices, *waits)
     return references
 
 
 @ray.remote  # type: ignore[untyped-decorator]
-def run_stage(name: str, config: Config, run_uri: str, devices: Devices, action: str, *made_before: bool) -> bool:
+def run_stage(name: str, config: Config, devices: Devices, *made_before: bool) -> bool:
     """One stage, in a Ray task. Returns whether it made its artifact anew.
 
     `made_before` are the results of the stages it reads; they are also what makes Ray wait for them.
     """
     logging.basicConfig(level=logging.INFO)
-    root, _, run = run_uri.rpartition("/")
-    store = RunStore(root, run)
+    store = RunStore(config.storage, config.name)
     digests = upstream_digests(store, name)
     assert digests is not None
     identity = identity_of(name, config)
@@ -160,7 +159,7 @@ def run_stage(name: str, config: Config, run_uri: str, devices: Devices, action:
     if state.state == "drifted":  # what it was made from has just been made again
         manifests.remove(store.stage(name))
     context = StageContext(
-        run=run,
+        run=config.name,
         stage=name,
         storage=store.stage(name),
         upstream={u: store.stage(u) for u in upstream_names(name)},

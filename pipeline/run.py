@@ -71,7 +71,12 @@ def execute(store: RunStore, config: Config, planned: list[Planned], console: Co
     dashboard = connect(debug)
     if dashboard:
         console.print(f"dashboard {dashboard}", highlight=False)
-    references = submit(store, config, planned, resources())
+    devices = resources()
+    there = devices.gpus if devices.kind == "cuda" else devices.cpus
+    if config.workers > there:
+        what = "GPUs" if devices.kind == "cuda" else "CPU cores"
+        raise StageError(f"--workers {config.workers} needs as many {what}; this cluster has {there}")
+    references = submit(store, config, planned, devices)
     with LiveView(store, list(references), console):
         ray.wait(list(references.values()), num_returns=len(references))
     for name, reference in references.items():

@@ -52,4 +52,5 @@ def grade(problem: Problem, completion: str) -> float:
 
 def read_problems(path: Path) -> list[Problem]:
     """The problems of a JSONL file with `question` and `answer`."""
-    return [Problem(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8", newline="\n") as lines:  # questions may hold Unicode's other line breaks
+        return [Problem(**json.loads(line)) for line in lines]

@@ -38,6 +38,7 @@ def environment(**extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
     own = {"PATH": path, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(ray_directory()), "PYTHONUNBUFFERED": "1"}
+    own |= {"RAY_AUTH_MODE": "token"}
     return kept | own | extra
 
 
