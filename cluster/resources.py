@@ -11,12 +11,11 @@ import ray
 
 @dataclass(frozen=True)
 class Devices:
-    """Totals over all nodes of the cluster; `memory` in bytes, as Ray accounts for it."""
+    """Totals over all nodes of the cluster."""
 
     kind: Literal["cpu", "cuda"]
     gpus: int
     cpus: int
-    memory: int
 
     def threads(self, workers: int) -> int:
         """CPU threads for each of `workers` processes that compute at the same time on one node."""
@@ -27,4 +26,4 @@ def resources() -> Devices:
     """The cluster's devices. `cluster.runtime.connect` comes first."""
     total = ray.cluster_resources()
     gpus = int(total.get("GPU", 0))
-    return Devices("cuda" if gpus else "cpu", gpus, int(total.get("CPU", 0)), int(total.get("memory", 0)))
+    return Devices("cuda" if gpus else "cpu", gpus, int(total.get("CPU", 0)))

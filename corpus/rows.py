@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -17,18 +16,18 @@ ROWS_FILE = "rows.json"
 
 
 class RowWriter:
-    """Writes rows of `row_len` ids into shards of `rows_per_shard` rows; nothing is readable before `close`."""
+    """Writes rows of `row_len` ids as the one shard of a directory; nothing is readable before `close`."""
 
-    def __init__(self, directory: Path, row_len: int, vocab_size: int, masked: bool, rows_per_shard: int) -> None:
+    def __init__(self, directory: Path, row_len: int, vocab_size: int, masked: bool) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._row_len = row_len
         self._vocab_size = vocab_size
         self._dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
         self._masked = masked
-        self._rows_per_shard = rows_per_shard
-        self._shards: list[int] = []
-        self._files: list[IO[bytes]] = []
+        suffixes = (".tokens", ".mask") if masked else (".tokens",)
+        self._files = [(directory / f"00000{suffix}").open("wb") for suffix in suffixes]
+        self._count = 0
 
     def add(self, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
         """Append one row: ids (row_len,), and the mask (row_len,) of a masked set."""
@@ -36,30 +35,17 @@ class RowWriter:
             raise ValueError(f"a row must be ({self._row_len},) ids, with a mask in a masked set; got {ids.shape} ids")
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             raise ValueError(f"a row holds ids {ids.min()} to {ids.max()}; the vocabulary is {self._vocab_size}")
-        if not self._shards or self._shards[-1] == self._rows_per_shard:
-            self._start_shard()
         self._files[0].write(ids.astype(self._dtype).tobytes())
         if self._masked and mask is not None:
             self._files[1].write(mask.astype(np.uint8).tobytes())
-        self._shards[-1] += 1
+        self._count += 1
 
     def close(self) -> None:
-        """Finish the last shard and write `rows.json`, which makes the set readable."""
-        self._close_files()
-        index = {"row_len": self._row_len, "dtype": self._dtype, "masked": self._masked, "shards": self._shards}
-        (self._directory / ROWS_FILE).write_text(json.dumps(index) + "\n", encoding="utf-8")
-
-    def _start_shard(self) -> None:
-        self._close_files()
-        stem = self._directory / f"{len(self._shards):05d}"
-        suffixes = (".tokens", ".mask") if self._masked else (".tokens",)
-        self._files = [stem.with_suffix(suffix).open("wb") for suffix in suffixes]
-        self._shards.append(0)
-
-    def _close_files(self) -> None:
+        """Finish the shard and write `rows.json`, which makes it readable."""
         for file in self._files:
             file.close()
-        self._files = []
+        index = {"row_len": self._row_len, "dtype": self._dtype, "masked": self._masked, "shards": [self._count]}
+        (self._directory / ROWS_FILE).write_text(json.dumps(index) + "\n", encoding="utf-8")
 
 
 class Rows:
@@ -119,4 +105,6 @@ class Rows:
         actual = path.stat().st_size if path.is_file() else 0
         if actual != expected:
             raise ValueError(f"{path} has {actual} bytes, not {expected}: the rows are damaged; run ingest again")
+        if not count:  # an empty file cannot be mapped
+            return np.empty((0, self.row_len), dtype=dtype)
         return np.memmap(path, dtype=dtype, mode="r", shape=(count, self.row_len))

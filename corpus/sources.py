@@ -7,7 +7,6 @@ anywhere. So ingest may read in parallel on many machines and still see the docu
 from __future__ import annotations
 
 import fnmatch
-import importlib.util
 import io
 import json
 import os
@@ -154,9 +153,7 @@ def _json_lines(uri: str) -> Iterator[dict[str, Any]]:
 
 def _hub_dataset(spec: str, split: str) -> Any:
     """The dataset of `hub:<dataset>[:config]`, streamed."""
-    if importlib.util.find_spec("datasets") is None:
-        raise ValueError(f"{spec} needs the package `datasets`: pip install datasets, or give files instead")
-    import datasets
+    import datasets  # slow to import, and few runs need it
 
     name, _, config = spec.removeprefix("hub:").partition(":")
     try:

@@ -6,7 +6,6 @@ import base64
 import binascii
 import json
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +141,9 @@ class Tokenizer:
         pieces = (text[start : start + MAX_PIECE] for start in range(0, len(text), MAX_PIECE))
         return [i for piece in pieces for i in self._encoding.encode_ordinary(piece)]
 
-    def encode_batch(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """`encode` of each text. tiktoken lets go of the interpreter lock, so threads do work side by side."""
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self.encode, texts))
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""

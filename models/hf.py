@@ -27,7 +27,7 @@ def hf_config(spec: ModelSpec, bos: int, eos: int) -> dict[str, object]:
         "rms_norm_eps": NORM_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_base},
         "final_logit_softcapping": spec.softcap,
-        "tie_word_embeddings": spec.tied,
+        "tie_word_embeddings": False,
         "bos_token_id": bos,
         "eos_token_id": eos,
         "pad_token_id": bos,

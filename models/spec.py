@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,8 @@ class ModelSpec:
     ffn_width: int
     vocab_size: int
     sequence_len: int
-    family: str = "depth"
     rope_base: float = 10_000.0
     softcap: float = 15.0
-    tied: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "kv_heads", "ffn_width", "vocab_size", "sequence_len"):
@@ -53,8 +50,8 @@ class ModelSpec:
 
     @property
     def embedding_parameters(self) -> int:
-        """Token embedding plus, unless tied, the output head."""
-        return self.vocab_size * self.width * (1 if self.tied else 2)
+        """Token embedding and output head."""
+        return 2 * self.vocab_size * self.width
 
     @property
     def matrix_parameters(self) -> int:
@@ -75,5 +72,7 @@ class ModelSpec:
         weights = self.matrix_parameters + self.vocab_size * self.width
         return 6 * weights + 12 * self.layers * self.width * self.sequence_len
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token keeps in an fp32 cache."""
+        return 2 * 4 * self.layers * self.kv_heads * self.head_dim

@@ -24,7 +24,6 @@ from cluster.manifest import Manifest
 from cluster.storage import Storage, StorageError
 from pipeline.config import Config, identity_of
 
-STATES = ("done", "running", "resumable", "fresh", "drifted", "failed")
 CONFIG, CLAIM, PROGRESS = "config.json", "claim.json", "progress.json"
 BEAT_SECONDS = 2.0
 CONFIRM_SECONDS = 0.5
@@ -38,7 +37,10 @@ class RunHeldError(RuntimeError):
 
 @dataclass(frozen=True)
 class StageState:
-    """`state` is one of STATES; `drift` has a line a field; `checkpoint_step` is where a started stage goes on."""
+    """`state` is done, running, resumable, fresh, drifted or failed.
+
+    `drift` has a line a field; `checkpoint_step` is where a started stage goes on.
+    """
 
     name: str
     state: str
@@ -103,7 +105,8 @@ class RunStore:
         checkpoint = manifests.latest_checkpoint(self.stage(name))
         step = checkpoint[0] if checkpoint else None
         lines = _drift(checkpoint[2], identity, upstream) if checkpoint else []
-        if doing == "running" and self.claim_alive():
+        # within a claim of our own, "running" is what a killed attempt left behind
+        if doing == "running" and self._claim is None and self.claim_alive():
             state = "running"
         elif lines:
             state = "drifted"

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from cluster.storage import Storage
 from pipeline import scaling
 from stages.config import (
+    BaseConfig,
     DataConfig,
     EvaluateConfig,
     IngestConfig,
@@ -24,7 +25,7 @@ from stages.config import (
     RLConfig,
     Section,
     TokenizerConfig,
-    TrainConfig,
+    TuneConfig,
     environment,
 )
 
@@ -49,9 +50,9 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     ingest: IngestConfig = IngestConfig()
-    base: TrainConfig = TrainConfig()
-    mid: TrainConfig = TrainConfig()
-    sft: TrainConfig = TrainConfig()
+    base: BaseConfig = BaseConfig()
+    mid: TuneConfig = TuneConfig()
+    sft: TuneConfig = TuneConfig()
     rl: RLConfig = RLConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -73,6 +74,7 @@ def identity_of(stage: str, config: Config) -> dict[str, Any]:
         corpus = {"corpus", "max_documents", "validation_documents", "synthetic_documents"}
         identity["data"] = config.data.model_dump(mode="json", include=corpus)
         identity["tokenizer"] = config.tokenizer.identity()
+        identity["ingest"] = config.ingest.identity()
         identity["model"] = {"vocab_size": config.model.vocab_size}
     elif stage == "ingest":
         identity["data"] = config.data.identity()
@@ -114,6 +116,13 @@ def load_config(
     values.setdefault("name", preset or f"d{checked.model.depth}")
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
     values = _merge(values, {"data": {f: absolute(getattr(checked.data, f)) for f in ("corpus", "chat", "gsm8k")}})
+    if checked.rl.prompts_per_step % checked.workers:
+        near = checked.rl.prompts_per_step // checked.workers * checked.workers
+        valid = " or ".join(str(n) for n in (near, near + checked.workers) if n)
+        raise ConfigError(
+            f"rl.prompts_per_step = {checked.rl.prompts_per_step} does not divide among --workers {checked.workers}; "
+            f"the nearest that do: {valid}"
+        )
     if checked.with_rl and checked.data.gsm8k == NONE:
         raise ConfigError("--with-rl needs problems to train on: give --gsm8k a folder, hub:openai/gsm8k or synthetic")
     try:

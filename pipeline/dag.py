@@ -12,6 +12,7 @@ import ray
 
 from cluster import manifest as manifests
 from cluster.resources import Devices
+from cluster.storage import StorageError
 from pipeline.artifacts import PROGRESS, RunStore, StageState
 from pipeline.config import Config, identity_of
 from stages.context import StageContext
@@ -67,13 +68,16 @@ def select(
     for flag, value in [("--only", only), ("--from", first), ("--until", last), *(("--force", f) for f in force)]:
         if value is not None and value not in names:
             raise StageError(f"{flag} {value}: this run has no such stage; it has {', '.join(names)}")
-    if only:
-        return [only]
     start = names.index(first) if first else 0
     stop = names.index(last) + 1 if last else len(names)
     if start >= stop:
         raise StageError(f"--from {first} comes after --until {last}: nothing is left to run")
-    return list(names[start:stop])
+    selected = [only] if only else list(names[start:stop])
+    if left_out := [f for f in force if f not in selected]:
+        raise StageError(
+            f"--force {left_out[0]} would remove it, but it is not among the stages asked for to run again"
+        )
+    return selected
 
 
 def plan(
@@ -86,7 +90,7 @@ def plan(
         if name in force:
             planned[name] = Planned(StageState(name, "fresh"), "run" if name in selected else "")
             continue
-        remade = any(planned[u].action in ("run", "check") for u in upstream_names(name))
+        remade = any(planned[u].action in ("run", "resume", "check") for u in upstream_names(name))
         state = store.state(name, identity_of(name, config), None if remade else upstream_digests(store, name))
         if name not in selected:
             planned[name] = Planned(state, "")
@@ -110,7 +114,12 @@ def plan(
 
 
 def reuse(store: RunStore, other: RunStore, config: Config, names: Sequence[str]) -> list[str]:
-    """Copies from another run every artifact that this run lacks and would make the same; returns their stages."""
+    """Copies from another run every artifact that this run lacks and would make the same; returns their stages.
+
+    Raises StageError for a run that is not there.
+    """
+    if not other.storage.exists():
+        raise StageError(f"--reuse-from {other.run}: there is no such run in {other.storage.uri}")
     copied = []
     for name in names:
         digests = upstream_digests(store, name)
@@ -119,7 +128,9 @@ def reuse(store: RunStore, other: RunStore, config: Config, names: Sequence[str]
         if digests is None or manifest is None or manifests.read(mine) is not None:
             continue
         if manifest.identity == identity_of(name, config) and manifest.upstream == digests:
-            mine.upload_tree(manifests.fetch(theirs))
+            directory = manifests.fetch(theirs)
+            for file in manifest.files:
+                mine.upload(directory / file.path, file.path)
             manifests.write(mine, manifest)
             copied.append(name)
     return copied
@@ -143,20 +154,16 @@ def submit(store: RunStore, config: Config, planned: Sequence[Planned], devices:
 
 
 @ray.remote  # type: ignore[untyped-decorator]
-def run_stage(name: str, config: Config, devices: Devices, *made_before: bool) -> bool:
-    """One stage, in a Ray task. Returns whether it made its artifact anew.
-
-    `made_before` are the results of the stages it reads; they are also what makes Ray wait for them.
-    """
-    logging.basicConfig(level=logging.INFO)
+def run_stage(name: str, config: Config, devices: Devices, *waits_for: None) -> None:
+    """One stage, in a Ray task. `waits_for` are the stages it reads: Ray starts it when they are done."""
     store = RunStore(config.storage, config.name)
     digests = upstream_digests(store, name)
     assert digests is not None
     identity = identity_of(name, config)
     state = store.state(name, identity, digests)
     if state.state == "done":
-        return False
-    if state.state == "drifted":  # what it was made from has just been made again
+        return
+    if state.drift:  # what it was made from has just been made again
         manifests.remove(store.stage(name))
     context = StageContext(
         run=config.name,
@@ -172,9 +179,11 @@ def run_stage(name: str, config: Config, devices: Devices, *made_before: bool) -
         execute(context, config, devices)
     except BaseException as error:
         failed = {"state": "failed", "error": str(error), "seconds": time.monotonic() - began}
-        context.storage.write_json(PROGRESS, (store.progress(name) or {}) | failed)
+        try:
+            context.storage.write_json(PROGRESS, (store.progress(name) or {}) | failed)
+        except (OSError, StorageError) as unwritten:  # the stage's own error matters more
+            logging.getLogger(__name__).warning("%s failed, and its progress is unwritten: %s", name, unwritten)
         raise
-    return True
 
 
 def execute(context: StageContext, config: Config, devices: Devices) -> None:

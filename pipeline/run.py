@@ -14,11 +14,13 @@ from rich.console import Console
 
 from cluster.resources import resources
 from cluster.runtime import connect
-from pipeline.artifacts import RunStore
+from pipeline.artifacts import Claim, RunStore
 from pipeline.config import Config, add_config_flags, config_from_args, stage_names
 from pipeline.dag import Planned, StageError, plan, reuse, select, submit
 from pipeline.status import run_states
 from pipeline.tracking import LiveView, final_table, plan_table
+
+CLAIM_CHECK_SECONDS = 2.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 when every stage asked for is done, 1 when one failed, 2 for wrong flags."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(levelname)s %(message)s")
+    if args.dry_run and args.reuse_from:
+        raise StageError("--reuse-from copies artifacts, and --dry-run changes nothing: give one of them")
     config = config_from_args(args)
     store, console = RunStore(config.storage, config.name), Console()
     console.print(f"run {config.name} in {store.storage.uri}", highlight=False, soft_wrap=True)
@@ -55,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.force:
             store.remove(name)
         store.record(config)
-        failure = execute(store, config, planned, console, args.debug)
-        claim.check()
+        failure = execute(store, config, planned, console, args.debug, claim)
         states = run_states(store)
         final_table(store, [s for s in states if s.name in names], console)
     if failure is not None:
@@ -64,8 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(s.state == "done" for s in states if s.name in selected) else 1
 
 
-def execute(store: RunStore, config: Config, planned: list[Planned], console: Console, debug: bool) -> Exception | None:
-    """Runs what is planned, every branch to its end; returns the error of the first stage that failed."""
+def execute(
+    store: RunStore, config: Config, planned: list[Planned], console: Console, debug: bool, claim: Claim
+) -> Exception | None:
+    """Runs what is planned, every branch to its end; returns the error of the first stage that failed.
+
+    Raises RunHeldError as soon as another process has taken the run over.
+    """
     if all(item.action in ("", "skip") for item in planned):
         return None
     dashboard = connect(debug)
@@ -78,19 +86,21 @@ def execute(store: RunStore, config: Config, planned: list[Planned], console: Co
         raise StageError(f"--workers {config.workers} needs as many {what}; this cluster has {there}")
     references = submit(store, config, planned, devices)
     with LiveView(store, list(references), console):
-        ray.wait(list(references.values()), num_returns=len(references))
+        pending = list(references.values())
+        while pending:
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=CLAIM_CHECK_SECONDS)
+            claim.check()
     for name, reference in references.items():
         try:
             ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            return (
-                error
-                if debug
-                else StageError(
-                    f"stage {name} failed: {error.cause}\nwhat is done stays done: run the same command again to go on "
-                    "from there, with --debug for the whole traceback"
+        except ray.exceptions.RayError as error:
+            failure: Exception = error
+            if not debug:
+                failure = StageError(
+                    f"stage {name} failed: {getattr(error, 'cause', error)}\nwhat is done stays done: "
+                    "run the same command again to go on from there, with --debug for the whole traceback"
                 )
-            )
+            return failure
     return None
 
 

@@ -105,6 +105,8 @@ class LiveView:
 
     def _say(self, name: str, row: Row, changed: bool, now: float) -> None:
         line = "  ".join([f"{name:<14}", row.state, *filter(None, row.cells())])
+        if row.state == "waiting":
+            return
         if changed or (line != row.line and now - row.said >= LINE_SECONDS):
             row.line, row.said = line, now
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -66,13 +66,8 @@ class IngestConfig(Section):
 
 
 class TrainConfig(Section):
-    """One training stage; the same for base, mid and sft."""
+    """What base, mid and sft share."""
 
-    steps: int | None = Field(
-        None, ge=1, description="optimizer steps; base derives it from target_ratio, mid and sft from epochs"
-    )
-    target_ratio: float = Field(20.0, gt=0, description="tokens a parameter, where steps is not set (base)")
-    epochs: float = Field(1.0, gt=0, description="passes over the rows, where steps is not set (mid, sft)")
     total_batch_size: int | None = Field(None, ge=1, description="tokens a step")
     device_batch_size: int = environment(32, "rows a micro-batch on one device", ge=1)
     precision: Literal["auto", "bf16", "fp32"] = Field(
@@ -92,6 +87,18 @@ class TrainConfig(Section):
     keep_last: int = environment(2, "checkpoints kept", ge=1)
 
 
+class BaseConfig(TrainConfig):
+    steps: int | None = Field(None, ge=1, description="optimizer steps; unset: from target_ratio")
+    target_ratio: float = Field(20.0, gt=0, description="tokens a parameter")
+
+
+class TuneConfig(TrainConfig):
+    """mid and sft, which go over their rows."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps; unset: from epochs")
+    epochs: float = Field(1.0, gt=0, description="passes over the rows")
+
+
 class RLConfig(Section):
     steps: int | None = Field(None, ge=1, description="optimizer steps; unset: one pass over the prompts")
     prompts_per_step: int = Field(16, ge=1)
@@ -109,7 +116,7 @@ class RLConfig(Section):
     require_signal: bool = Field(True, description="stop before the first step when no training prompt is ever solved")
     signal_prompts: int = Field(32, ge=1, description="training prompts sampled for that check")
     max_logprob_difference: float = Field(
-        0.1, gt=0, description="mean |sampler - trainer| logprob above this stops the run"
+        0.05, gt=0, description="mean |sampler - trainer| logprob above this stops the run"
     )
     actors: int = environment(0, "rollout actors; 0: one a device, or one a core on CPUs", ge=0)
     device_batch_size: int = environment(16, "sequences a micro-batch of the learner", ge=1)
@@ -122,3 +129,4 @@ class EvaluateConfig(Section):
     problems: int = Field(200, ge=1, description="held-out problems")
     samples: int = Field(8, ge=1, description="samples a problem for pass@k")
     max_new_tokens: int = Field(256, ge=1)
+    call_timeout: float = environment(3600.0, "seconds that sampling all problems may take", gt=0)

@@ -86,9 +86,10 @@ def measure_task(
     tokenizer = Tokenizer.load(directory)
     problems = read_problems(context.fetch("ingest", "task") / "test.jsonl")[: config.problems]
     prompts = [render_prompt(conversation_of(p)["messages"][:1], tokenizer) for p in problems]
-    with RolloutPool(directory, devices, actors=1) as pool:
-        greedy = pool.sample(prompts, 1, config.max_new_tokens, (seed,), greedy=True)
-        sampled = pool.sample(prompts, config.samples, config.max_new_tokens, (seed,))
+    seeds = [(seed, i) for i in range(len(prompts))]
+    with RolloutPool(directory, devices, actors=1, timeout=config.call_timeout) as pool:
+        greedy = pool.sample(prompts, seeds, 1, config.max_new_tokens, greedy=True)
+        sampled = pool.sample(prompts, seeds, config.samples, config.max_new_tokens)
     rewards = [[reward(p, c, tokenizer) for c in completions] for p, completions in zip(problems, sampled, strict=True)]
     first = [reward(p, c[0], tokenizer) for p, c in zip(problems, greedy, strict=True)]
     metrics = {"pass_at_1": float(np.mean(first)), "problems": len(problems)}

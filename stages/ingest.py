@@ -49,9 +49,14 @@ def corpus_shards(data: DataConfig, shard_bytes: int, seed: int) -> list[list[Un
             room = shard_bytes
         shards[-1].append(unit)
         room -= size
-    share = data.max_documents and math.ceil(data.max_documents / len(shards))
+    if not shards:
+        raise ValueError(f"corpus {data.corpus!r} holds no documents")
+    share, rest = divmod(data.max_documents or 0, len(shards))
     held_out = math.ceil(data.validation_documents / len(shards))
-    return [[u | {"max_documents": share, "held_out": held_out} for u in shard] for shard in shards]
+    return [
+        [u | {"max_documents": share + (i < rest), "held_out": held_out} for u in shard]
+        for i, shard in enumerate(shards)
+    ]
 
 
 def split_documents(shard: list[Unit], data: DataConfig) -> tuple[list[str], list[str]]:
@@ -59,7 +64,7 @@ def split_documents(shard: list[Unit], data: DataConfig) -> tuple[list[str], lis
     documents = [text for unit in shard for text in read_unit(unit)]
     if data.max_documents:
         documents = documents[: shard[0]["max_documents"]]
-    held_out = min(shard[0]["held_out"], math.ceil(len(documents) * HELD_OUT_SHARE))
+    held_out = min(shard[0]["held_out"], math.ceil(len(documents) * HELD_OUT_SHARE), max(0, len(documents) - 1))
     return documents[held_out:], documents[:held_out]
 
 
@@ -93,8 +98,8 @@ def ingest_corpus(
         index = made[0]["index"][split] | {"shards": [s for shard in made for s in shard["index"][split]["shards"]]}
         if not sum(index["shards"]):
             raise ValueError(
-                f"corpus {data.corpus!r} does not fill one {split} row of {row_len} tokens: "
-                "give more text, or a smaller model.sequence_len"
+                f"corpus {data.corpus!r} does not fill one {split} row of {row_len} tokens: give more text in at least "
+                "two documents, as some are held out, or a smaller model.sequence_len"
             )
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / ROWS_FILE
@@ -141,7 +146,7 @@ def write_rows(
     masked: bool = False,
 ) -> int:
     """Writes one shard of rows; returns how many."""
-    writer, count = RowWriter(directory, row_len, vocab_size, masked, rows_per_shard=1 << 62), 0
+    writer, count = RowWriter(directory, row_len, vocab_size, masked), 0
     for ids, mask in rows:
         writer.add(ids, mask)
         count += 1
@@ -179,7 +184,7 @@ def write_conversations(
     mixtures = {"mid": chats + solved, "sft": solved + chats[: len(solved) or None]}
     stats: dict[str, int] = {}
     for stage, mixture in mixtures.items():
-        order = np.random.default_rng((seed, len(stage))).permutation(len(mixture))
+        order = np.random.default_rng((seed, *stage.encode())).permutation(len(mixture))
         rendered = [render(mixture[i], tokenizer, row_len) for i in order]
         fitting = [r for r in rendered if len(r[0])]
         stats |= {f"{stage}_conversations": len(fitting), f"{stage}_too_long": len(rendered) - len(fitting)}

@@ -12,7 +12,7 @@ from corpus.tokenizers import Tokenizer
 from models.hf import from_pretrained
 from models.nanochat import NanoChat
 from models.spec import ModelSpec
-from stages.config import TrainConfig
+from stages.config import BaseConfig, TuneConfig
 from stages.context import StageContext
 from stages.evaluate import bits_per_byte
 from stages.training.launch import launch
@@ -25,7 +25,13 @@ WEIGHTS_FROM = {"base": None, "mid": "base", "sft": "mid"}
 
 
 def run(
-    context: StageContext, config: TrainConfig, depth: int, sequence_len: int, seed: int, workers: int, devices: Devices
+    context: StageContext,
+    config: BaseConfig | TuneConfig,
+    depth: int,
+    sequence_len: int,
+    seed: int,
+    workers: int,
+    devices: Devices,
 ) -> None:
     arguments = {
         "context": context,
@@ -42,7 +48,7 @@ def run(
 def work(arguments: dict[str, Any]) -> None:
     """What every Ray Train worker does."""
     context: StageContext = arguments["context"]
-    config: TrainConfig = arguments["config"]
+    config: BaseConfig | TuneConfig = arguments["config"]
     devices: Devices = arguments["devices"]
     seed: int = arguments["seed"]
     world = World.current(devices.threads(arguments["workers"]))
@@ -50,7 +56,8 @@ def work(arguments: dict[str, Any]) -> None:
     rows = Rows(context.fetch("ingest", f"{context.stage}/train"))
     held_out = Rows(context.fetch("ingest", f"{context.stage}/val"))
     model = initial_model(context, arguments["depth"], arguments["sequence_len"], tokenizer.vocab_size, seed)
-    steps = config.steps or steps_of_epochs(config, rows)
+    steps = config.steps if isinstance(config, BaseConfig) else config.steps or steps_of_epochs(config, rows)
+    assert steps is not None
 
     def validate(model: NanoChat) -> dict[str, float]:
         args = (world, config.precision, config.eval_rows)
@@ -76,7 +83,7 @@ def initial_model(context: StageContext, depth: int, sequence_len: int, vocab_si
     return model
 
 
-def steps_of_epochs(config: TrainConfig, rows: Rows) -> int:
+def steps_of_epochs(config: TuneConfig, rows: Rows) -> int:
     """Optimizer steps of `config.epochs` passes over the rows, at least one."""
     assert config.total_batch_size is not None
     return max(1, int(config.epochs * np.int64(rows.num_rows) * (rows.row_len - 1) // config.total_batch_size))

@@ -7,8 +7,6 @@ from tasks.base import Problem
 
 
 class Arithmetic:
-    name = "arithmetic"
-
     def __init__(self, train_count: int = 40_000, test_count: int = 1_000, seed: int = 0) -> None:
         self._counts = {"train": train_count, "test": test_count}
         self._seed = seed

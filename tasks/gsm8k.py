@@ -12,8 +12,6 @@ HUB = "hub:openai/gsm8k"
 
 
 class GSM8K:
-    name = "gsm8k"
-
     def __init__(self, source: str = HUB) -> None:
         """`source`: a folder or URI with train.jsonl and test.jsonl, or `hub:openai/gsm8k`."""
         self._source = source

@@ -99,12 +99,23 @@ def test_identity_leaves_out_how_a_run_is_run() -> None:
     environment = {"workers": 2, "name": "b", "storage": "/x", "rl": {"actors": 2}, "base": {"device_batch_size": 4}}
     two = load_config("demo", environment)
     seeded = load_config("demo", {"seed": 1})
-    for stage in stage_names(with_rl=True):
+    for stage in stage_names(one):
         assert identity_of(stage, one) == identity_of(stage, two)
         assert (identity_of(stage, one) != identity_of(stage, seeded)) == (stage != "evaluate_base")
     assert identity_of("base", one) != identity_of("base", load_config("demo", {"base": {"matrix_lr": 0.5}}))
     assert identity_of("sft", one) == identity_of("sft", load_config("demo", {"base": {"matrix_lr": 0.5}}))
     assert "environment" not in dotted_keys()
+
+
+def test_a_run_has_the_stages_it_needs() -> None:
+    config = load_config("demo", {"with_rl": True})
+    evaluated = [name for stage in ("base", "mid", "sft", "rl") for name in (stage, f"evaluate_{stage}")]
+    assert stage_names(config) == ["tokenizer", "ingest", *evaluated]
+    assert stage_names(load_config("demo", {"with_rl": False})) == ["tokenizer", "ingest", *evaluated[:-2]]
+    unasked = load_config("demo", {"with_rl": False, "data": {"gsm8k": "none"}})
+    assert stage_names(unasked) == ["tokenizer", "ingest", "base", "evaluate_base", "mid", "sft"]
+    with pytest.raises(ConfigError, match="--with-rl needs problems to train on"):
+        load_config("demo", {"with_rl": True, "data": {"gsm8k": "none"}})
 
 
 def test_planning_imports_neither_torch_nor_ray() -> None:

@@ -104,7 +104,7 @@ def test_connects_locally_forwards_credentials_and_counts_devices() -> None:
     """In a process of its own: Ray's start-up changes the environment."""
     program = (
         "import ray; from cluster.runtime import connect; from cluster.resources import resources\n"
-        "assert connect().startswith('http://') and connect() is not None\n"
+        "url = connect(); assert url.startswith('http://') and connect() == url\n"
         "import os; read = ray.remote(lambda: os.environ['AWS_ENDPOINT_URL'])\n"
         "print(ray.get(read.remote()), resources().cpus, os.cpu_count())"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corpus.packing import pack
-from corpus.rows import Rows, RowWriter
+from corpus.rows import ROWS_FILE, Rows, RowWriter
 
 BOS, PAD = 0, 9_999
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
@@ -87,11 +89,19 @@ def test_few_tokens_are_lost_on_many_documents() -> None:
     assert kept / sum(lengths) > 0.97
 
 
-def write(directory: Path, rows: np.ndarray, vocab_size: int, masked: bool = False, per_shard: int = 4) -> Rows:
-    writer = RowWriter(directory, rows.shape[1], vocab_size, masked, per_shard)
-    for row in rows:
-        writer.add(row, (row % 2).astype(np.uint8) if masked else None)
-    writer.close()
+def write(directory: Path, rows: np.ndarray, vocab_size: int, masked: bool = False, cuts: Sequence[int] = ()) -> Rows:
+    """`rows` in shards that end at `cuts`: each is written alone and then joined to the others, as ingest does."""
+    index, counts = {}, []
+    for i, shard in enumerate(np.split(rows, cuts)):
+        writer = RowWriter(directory / "alone", rows.shape[1], vocab_size, masked)
+        for row in shard:
+            writer.add(row, (row % 2).astype(np.uint8) if masked else None)
+        writer.close()
+        index = json.loads((directory / "alone" / ROWS_FILE).read_text())
+        counts += index["shards"]
+        for file in (directory / "alone").glob("00000.*"):
+            file.rename((directory / f"{i:05d}").with_suffix(file.suffix))
+    (directory / ROWS_FILE).write_text(json.dumps(index | {"shards": counts}))
     return Rows(directory)
 
 
@@ -100,7 +110,7 @@ def write(directory: Path, rows: np.ndarray, vocab_size: int, masked: bool = Fal
 def test_rows_read_back_what_was_written(tmp_path: Path, vocab_size: int, itemsize: int, masked: bool) -> None:
     written = np.random.default_rng(0).integers(0, vocab_size, (11, 9))
     written[0, 0] = vocab_size - 1
-    rows = write(tmp_path, written, vocab_size, masked)
+    rows = write(tmp_path, written, vocab_size, masked, cuts=(4, 8))
     assert (rows.num_rows, rows.row_len, rows.masked) == (11, 9, masked)
     assert (tmp_path / "00000.tokens").stat().st_size == 4 * 9 * itemsize
     wanted = np.array([10, 0, 4, 3, 10])
@@ -110,9 +120,27 @@ def test_rows_read_back_what_was_written(tmp_path: Path, vocab_size: int, itemsi
     assert mask is None if not masked else np.array_equal(mask, written[wanted] % 2)
 
 
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cuts", [(0,), (3, 3), (3, 3, 3, 5), (8,), (0, 0, 8, 8)])
+def test_shards_without_rows_are_passed_over(tmp_path: Path, cuts: Sequence[int], masked: bool, missing: bool) -> None:
+    written = np.arange(8 * 3).reshape(8, 3)
+    write(tmp_path, written, 100, masked, cuts)
+    empty = [path for path in tmp_path.glob("0*") if not path.stat().st_size]
+    assert len(empty) == (2 if masked else 1) * [len(shard) for shard in np.split(written, cuts)].count(0) > 0
+    for path in empty if missing else []:
+        path.unlink()
+    rows = Rows(tmp_path)
+    wanted = np.array([7, 0, 3, 2, 3, 4])
+    ids, mask = rows.read(wanted)
+    assert np.array_equal(ids, written[wanted])
+    assert mask is None if not masked else np.array_equal(mask, written[wanted] % 2)
+    assert sorted(rows.step_rows(0, 0, 8)) == list(range(8))
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    return write(tmp_path_factory.mktemp("rows"), np.arange(37 * 2).reshape(37, 2), 100)
+    return write(tmp_path_factory.mktemp("rows"), np.arange(37 * 2).reshape(37, 2), 100, cuts=range(4, 37, 4))
 
 
 @given(st.integers(0, 3), st.integers(0, 60), st.integers(1, 4))
@@ -147,7 +175,7 @@ def test_faults_are_named(tmp_path: Path) -> None:
         empty.step_rows(0, 0, 1)
     with pytest.raises(ValueError, match="the vocabulary is 100"):
         write(tmp_path / "large", np.full((1, 4), 100), 100)
-    write(tmp_path / "cut", np.ones((6, 4), dtype=np.int64), 100)
+    write(tmp_path / "cut", np.ones((6, 4), dtype=np.int64), 100, cuts=(4,))
     with (tmp_path / "cut" / "00001.tokens").open("r+b") as file:
         file.truncate(5)
     with pytest.raises(ValueError, match=r"00001\.tokens has 5 bytes, not 16"):

@@ -212,6 +212,10 @@ def test_two_learners_step_like_one(tmp_path: Path) -> None:
 # --- vLLM: one engine in one actor for all that follows --------------------------------------------------------------
 
 
+def seeds(prompts: list[list[int]], *parts: int) -> list[tuple[int, ...]]:
+    return [(*parts, i) for i in range(len(prompts))]
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train([WORDS * 20], 300)
@@ -291,7 +295,7 @@ def disagreement(model: NanoChat, prompts: list[list[int]], groups: list[list[Co
 
 def test_sampler_and_trainer_agree_on_every_sampled_token(pool: RolloutPool, spec: ModelSpec) -> None:
     prompts = prompts_of(spec, 4, 10) + prompts_of(spec, 4, 33)
-    groups = pool.sample(prompts, 4, 40, (1,))
+    groups = pool.sample(prompts, seeds(prompts, 1), 4, 40)
     assert [len(g) for g in groups] == [4] * 8
     surprise = -np.mean([lp for group in groups for c in group for lp in c.logprobs])
     assert surprise > 0.5, "logprobs of a certain model would agree with anything"
@@ -300,10 +304,12 @@ def test_sampler_and_trainer_agree_on_every_sampled_token(pool: RolloutPool, spe
 
 def test_the_same_seed_gives_the_same_completions_alone_or_in_a_batch(pool: RolloutPool, spec: ModelSpec) -> None:
     prompts = prompts_of(spec, 6, 20)
-    first = pool.sample(prompts, 3, 24, (1, 2))
-    assert pool.sample(prompts, 3, 24, (1, 2)) == first
-    assert [[c.tokens for c in g] for g in pool.sample(prompts[:1], 3, 24, (1, 2))] == [[c.tokens for c in first[0]]]
-    assert pool.sample(prompts, 3, 24, (1, 3)) != first
+    first = pool.sample(prompts, seeds(prompts, 1, 2), 3, 24)
+    assert pool.sample(prompts, seeds(prompts, 1, 2), 3, 24) == first
+    assert [[c.tokens for c in g] for g in pool.sample(prompts[:1], seeds(prompts[:1], 1, 2), 3, 24)] == [
+        [c.tokens for c in first[0]]
+    ]
+    assert pool.sample(prompts, seeds(prompts, 1, 3), 3, 24) != first
     drawn = {tuple(c.tokens) for group in first for c in group}
     assert len(drawn) == 18, "samples of one prompt, or of two, share their random numbers"
 
@@ -314,7 +320,7 @@ def test_new_weights_answer_at_once_also_for_a_prompt_seen_before(pool: RolloutP
     for version in (3, 4):
         model = random_model(spec, seed=version)
         pool.sync(model.state_dict(), version)
-        groups = pool.sample(prompts, 3, 20, (0,))
+        groups = pool.sample(prompts, seeds(prompts, 0), 3, 20)
         assert disagreement(model, prompts, groups) < 1e-4
         assert {c.weight_version for group in groups for c in group} == {version}
 
@@ -326,7 +332,7 @@ def test_a_call_of_the_calculator_is_answered_and_generation_goes_on(
     prompt, config = short_prompt(tokenizer), RLConfig(lr_scale=0.01)
     ids, mask = render(conversation_of(PROBLEM), tokenizer, CONTEXT)
     for greedy in (True, False):
-        [[completion]] = groups = pool.sample([prompt], 1, 60, (0,), greedy=greedy)
+        [[completion]] = groups = pool.sample([prompt], seeds([prompt], 0), 1, 60, greedy=greedy)
         assert tokenizer.decode(completion.tokens) == (
             "So <|python_start|>12*34<|python_end|><|output_start|>408<|output_end|>408.\n#### 408<|assistant_end|>"
         )
@@ -350,9 +356,9 @@ def test_the_limit_on_new_tokens_holds_with_a_result_in_the_way(
 ) -> None:
     pool.sync(taught.state_dict(), 5)
     prompt = short_prompt(tokenizer)
-    [[whole]] = pool.sample([prompt], 1, 60, (0,), greedy=True)
+    [[whole]] = pool.sample([prompt], seeds([prompt], 0), 1, 60, greedy=True)
     for limit in range(1, len(whole.tokens) + 1):
-        [[cut]] = pool.sample([prompt], 1, limit, (0,), greedy=True)
+        [[cut]] = pool.sample([prompt], seeds([prompt], 0), 1, limit, greedy=True)
         assert (cut.tokens, cut.sampled) == (whole.tokens[:limit], whole.sampled[:limit]), limit
         assert len(cut.logprobs) == limit
         assert cut.finished == (limit == len(whole.tokens))
@@ -362,7 +368,7 @@ def test_the_limit_on_new_tokens_holds_with_a_result_in_the_way(
 def test_a_result_does_not_run_past_the_context(pool: RolloutPool, tokenizer: Tokenizer, taught: NanoChat) -> None:
     pool.sync(taught.state_dict(), 5)
     prompt = long_prompt(tokenizer)
-    [[completion]] = pool.sample([prompt], 1, 60, (0,), greedy=True)
+    [[completion]] = pool.sample([prompt], seeds([prompt], 0), 1, 60, greedy=True)
     assert completion.tokens[: len(call_of(tokenizer))] == call_of(tokenizer), "the call was not made"
     assert len(prompt) + len(completion.tokens) <= CONTEXT
     optimizers = build_optimizers(taught, matrix_lr=1e-9, embedding_lr=1e-9, unembedding_lr=1e-9)
@@ -371,7 +377,7 @@ def test_a_result_does_not_run_past_the_context(pool: RolloutPool, tokenizer: To
 
 def test_a_prompt_that_fills_the_context_gets_no_answer(pool: RolloutPool, spec: ModelSpec) -> None:
     prompts = [*prompts_of(spec, 1, CONTEXT), *prompts_of(spec, 1, CONTEXT - 1), *prompts_of(spec, 1, CONTEXT + 5)]
-    lengths = [len(c.tokens) for [c] in pool.sample(prompts, 1, 10, (0,))]
+    lengths = [len(c.tokens) for [c] in pool.sample(prompts, seeds(prompts, 0), 1, 10)]
     assert lengths == [0, 1, 0]
 
 
@@ -379,12 +385,12 @@ def test_a_killed_actor_is_replaced_by_one_with_the_current_weights(pool: Rollou
     model = random_model(spec, seed=6)
     pool.sync(model.state_dict(), 6)
     prompts = prompts_of(spec, 3, 40)
-    before = pool.sample(prompts, 2, 16, (7,))
+    before = pool.sample(prompts, seeds(prompts, 7), 2, 16)
     [victim] = pool._actors
     pid = ray.get(victim.__ray_call__.remote(lambda _: os.getpid()))
     assert pid != os.getpid()
     os.kill(pid, signal.SIGKILL)
-    after = pool.sample(prompts, 2, 16, (7,))
+    after = pool.sample(prompts, seeds(prompts, 7), 2, 16)
     [replacement] = pool._actors
     assert ray.get(replacement.__ray_call__.remote(lambda _: os.getpid())) != pid
     assert {c.weight_version for group in after for c in group} == {6}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ import pytest
 
 from corpus.sources import read_records, read_unit, units
 
+ROOT = Path(__file__).parent.parent
 TEXTS = ["one", "two\r\nlines", "", "dréi \u2028 日本", "  ", "five"]
 KEPT = [text for text in TEXTS if text.strip()]
 
@@ -143,8 +146,36 @@ def test_locations_nobody_can_read_are_refused() -> None:
         units("ftp://host/x")
 
 
-def test_the_hub_without_its_package_says_what_to_install() -> None:
-    if importlib.util.find_spec("datasets"):
-        pytest.skip("the package `datasets` is installed")
-    with pytest.raises(ValueError, match="pip install datasets"):
-        units("hub:nobody/nothing")
+def offline(program: str, home: Path, *arguments: str) -> str:
+    """Output of a program in a new interpreter: the hub's library reads its settings when it is imported."""
+    program = f"import sys, json; from corpus.sources import read_records, read_unit, units; {program}"
+    env = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program, *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_hub_datasets_are_read_a_file_a_unit(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set" / "data" / "train-00000-of-00002.parquet", {"text": TEXTS})
+    write_parquet(tmp_path / "set" / "data" / "train-00001-of-00002.parquet", {"text": ["six", "seven"]})
+    write_parquet(tmp_path / "set" / "data" / "test-00000-of-00001.parquet", {"text": ["held out"]})
+    program = (
+        "found = json.loads(json.dumps(units(sys.argv[1]))); rows = read_records(sys.argv[1], 'test')\n"
+        "print(json.dumps([[list(read_unit(unit)) for unit in found], list(rows)]))"
+    )
+    read = json.loads(offline(program, tmp_path / "home", f"hub:{tmp_path}/set"))
+    assert read == [[KEPT, ["six", "seven"]], [{"text": "held out"}]]
+
+
+def test_a_hub_that_is_out_of_reach_says_what_to_do(tmp_path: Path) -> None:
+    program = (
+        "\nfor read in (units, lambda spec: next(read_records(spec))):"
+        "\n    try: read('hub:nobody/nothing')"
+        "\n    except ValueError as error: print(error)"
+    )
+    messages = offline(program, tmp_path / "home").splitlines()
+    assert len(messages) == 2
+    for message in messages:
+        assert message.startswith("hub:nobody/nothing (split train) cannot be loaded: ")
+        assert message.endswith("check the name and the network, or give files instead")

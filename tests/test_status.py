@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from rich.console import Console
 
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
-from pipeline import status
+from pipeline import cli, status, tracking
 from pipeline.artifacts import RunStore
 from pipeline.config import identity_of, load_config, stage_names
 from pipeline.tracking import LiveView, duration, key_metrics
@@ -35,7 +36,7 @@ def test_json_has_exactly_the_documented_shape(store: RunStore, capsys: pytest.C
     assert status.main(argv) == 0
     shown = json.loads(capsys.readouterr().out)
     assert set(shown) == {"run", "stages"} and shown["run"] == "r"
-    assert [s["name"] for s in shown["stages"]] == stage_names(with_rl=True)
+    assert [s["name"] for s in shown["stages"]] == stage_names(load_config("demo"))
     assert all(set(s) == {"name", "state", "seconds", "metrics", "uri"} for s in shown["stages"])
     stages = {s["name"]: s for s in shown["stages"]}
     assert stages["tokenizer"]["state"] == "done" and stages["tokenizer"]["seconds"] == 65.4
@@ -62,9 +63,13 @@ def test_a_damaged_artifact_shows_as_failed_with_why(store: RunStore, capsys: py
 
 
 def test_an_unknown_run_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status.main(["nope", "--storage", str(tmp_path)]) == 1
+    argv = ["nope", "--storage", str(tmp_path)]
+    with pytest.raises(FileNotFoundError, match="no run 'nope'"):
+        status.main(argv)
+    assert cli.main(["status", *argv]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("error: no run 'nope'") and captured.err.count("\n") == 1
+    assert captured.out == "" and captured.err.startswith("fathom status: no run 'nope'")
+    assert captured.err.count("\n") == 1
     assert not (tmp_path / "nope").exists()
 
 
@@ -72,7 +77,7 @@ def test_plain_lines_show_changes_and_not_what_an_earlier_attempt_left(store: Ru
     out = io.StringIO()
     with LiveView(store, ["tokenizer", "base", "mid"], Console(file=out)) as view:
         view.poll()
-        assert "base" not in out.getvalue()
+        assert out.getvalue().split()[:2] == ["tokenizer", "done"] and out.getvalue().count("\n") == 1
         metrics = {"loss": 2.25, "tokens_per_second": 5123.4}
         for step in (4, 5):
             progress = {"state": "running", "step": step, "steps": 9, "metrics": metrics, "seconds": 9.0}
@@ -82,6 +87,19 @@ def test_plain_lines_show_changes_and_not_what_an_earlier_attempt_left(store: Ru
     lines = [line.split() for line in out.getvalue().splitlines()]
     assert [line[:2] for line in lines] == [["tokenizer", "done"], ["base", "running"], ["base", "failed"]]
     assert lines[1][2:] == ["4/9", "loss", "2.25", "5,123", "tok/s"]
+
+
+def test_stages_that_wait_are_not_said(store: RunStore) -> None:
+    out = io.StringIO()
+    with (
+        patch.object(tracking, "LINE_SECONDS", 0.0),
+        LiveView(store, ["mid", "evaluate_mid", "sft"], Console(file=out)) as view,
+    ):
+        for _ in range(3):
+            view.poll()
+        store.stage("mid").write_json("progress.json", {"state": "running", "step": 1, "steps": 9})
+        view.poll()
+    assert [line.split() for line in out.getvalue().splitlines()] == [["mid", "running", "1/9"]]
 
 
 def test_a_terminal_gets_a_live_table_with_the_time_left(store: RunStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from itertools import pairwise
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from corpus import synthetic
 from tasks.arithmetic import Arithmetic
-from tasks.base import Problem, conversation_of, final_number, grade
+from tasks.base import Problem, conversation_of, final_number, grade, read_problems
 from tasks.calculator import calculate
 from tasks.gsm8k import GSM8K
 
@@ -156,24 +157,45 @@ def test_gsm8k_faults_are_named(tmp_path: Path) -> None:
         GSM8K(str(tmp_path)).problems("test")
 
 
-def test_arithmetic_is_right_varied_and_the_calculator_confirms_it() -> None:
-    problems = Arithmetic(train_count=2_000).problems("train")
-    assert len(problems) == 2_000
-    assert len({problem.question for problem in problems}) > 1_900
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_arithmetic_is_right_varied_and_the_calculator_confirms_it(split: synthetic.Split) -> None:
+    problems = Arithmetic(2_000, 1_000).problems(split)
+    assert len(problems) == {"train": 2_000, "test": 1_000}[split]
+    assert len({problem.question for problem in problems}) > 0.9 * len(problems)
+    by_head = 0
     for problem in problems:
         parts = conversation_of(problem)["messages"][1]["content"]
+        text = "".join(part["text"] for part in parts)
         outputs = [part["text"] for part in parts if part["type"] == "python_output"]
         calls = [part["text"] for part in parts if part["type"] == "python"]
-        assert outputs == [calculate(call) for call in calls]
-        assert 1 <= len(outputs) <= 3
-        assert grade(problem, problem.answer) == 1.0
-        assert final_number(problem.answer) == outputs[-1]
+        if calls:
+            assert outputs == [calculate(call) for call in calls]
+        else:
+            by_head += 1
+            assert text == problem.answer and "<<" not in text
+        # a line a step, right with the calculator ("left: <<48/2=24>>24") and by head ("left: 48/2=24")
+        form = r"^[a-z]+: (?:<<)?([0-9]+[-+*/][0-9]+)=([0-9]+)(?:>>\2)?$"
+        steps = re.findall(form, problem.answer, re.MULTILINE)
+        assert 1 <= len(steps) == len(problem.answer.splitlines()) - 1 <= 3
+        assert not calls or steps == list(zip(calls, outputs, strict=True))
+        assert all(calculate(call) == output for call, output in steps)
+        assert grade(problem, problem.answer) == grade(problem, text) == 1.0
+        assert grade(problem, re.sub(r"####.*", f"#### {int(steps[-1][1]) + 1}", problem.answer)) == 0.0
+        assert final_number(problem.answer) == steps[-1][1]
         # every operand is in the question or comes from an earlier step
         known = set(re.findall(r"[0-9]+", problem.question))
-        for call, output in zip(calls, outputs, strict=True):
+        for call, output in steps:
             assert set(re.findall(r"[0-9]+", call)) <= known
             known.add(output)
             assert 2 <= int(output) < 1_000
+    assert by_head == 0 if split == "test" else abs(by_head / len(problems) - synthetic.BY_HEAD) < 0.05
+
+
+def test_problems_with_other_line_breaks_are_read_whole(tmp_path: Path) -> None:
+    problems = [Problem("How many\u2028are\u0085there?\r", "2+2\u2029\n#### 4"), Problem("Next?", "#### 5")]
+    lines = [json.dumps(vars(problem), ensure_ascii=False) + "\n" for problem in problems]
+    (tmp_path / "train.jsonl").write_bytes("".join(lines).encode())
+    assert read_problems(tmp_path / "train.jsonl") == problems
 
 
 def test_arithmetic_is_a_function_of_its_seed() -> None:

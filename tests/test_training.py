@@ -59,7 +59,7 @@ def fresh_model(seed: int = 0) -> NanoChat:
 def write_rows(directory: Path, masked: bool = False, count: int = 40) -> Rows:
     """Rows that count upwards in a stride of their own, so that there is something to learn."""
     rng = np.random.default_rng(0)
-    writer = RowWriter(directory, SPEC.sequence_len + 1, SPEC.vocab_size, masked, rows_per_shard=16)
+    writer = RowWriter(directory, SPEC.sequence_len + 1, SPEC.vocab_size, masked)
     for _ in range(count):
         ids = (rng.integers(SPEC.vocab_size) + rng.integers(1, 4) * np.arange(SPEC.sequence_len + 1)) % SPEC.vocab_size
         writer.add(ids, (rng.random(len(ids)) < 0.3) if masked else None)
@@ -255,7 +255,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_reach_no_checkpoint(
             fault(model)
         return {}
 
-    with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step [56]: lower lr_scale"):
+    with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step [56]: lower this stage's lr_scale"):
         run(tmp_path / "run", rows, CONFIG.model_copy(update={"save_every": save_every}), validate=validate)
     deadline = time.monotonic() + 20  # a save that was under way may finish
     while not (found := manifest.latest_checkpoint(Storage(tmp_path / "run"))) or found[0] != STOP:

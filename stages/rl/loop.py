@@ -20,6 +20,8 @@ from stages.training.parallel import World
 from stages.training.state import Checkpoints
 from tasks.base import Problem, conversation_of
 
+SIGNAL_STEP = 2**32 - 1  # seeds the samples before the first step
+
 
 class NoSignal(ValueError):
     """No training prompt was ever solved, so there is nothing to reinforce."""
@@ -55,17 +57,17 @@ def reinforce(
     start = checkpoints.restore(model, optimizers)
     pool.sync(model.state_dict(), start)
     if start == 0 and config.require_signal:
-        require_signal(pool, tokenizer, problems[: config.signal_prompts], prompts, config, seed)
+        require_signal(pool, tokenizer, problems, prompts, config, seed, world)
     for step in range(start, steps):
         clock = [time.perf_counter()]
         chosen = world.slice(prompts_of_step(len(problems), seed, step, config.prompts_per_step))
         batch = [prompts[i] for i in chosen]
-        groups = pool.sample(batch, config.samples_per_prompt, config.max_new_tokens, (seed, step, world.rank))
+        seeds = [(seed, step, place) for place in world.slice(range(config.prompts_per_step))]
+        groups = pool.sample(batch, seeds, config.samples_per_prompt, config.max_new_tokens)
         clock.append(time.perf_counter())
 
-        rewards = torch.tensor(
-            [[reward(problems[i], c, tokenizer) for c in g] for i, g in zip(chosen, groups, strict=True)]
-        )
+        graded = [[reward(problems[i], c, tokenizer) for c in group] for i, group in zip(chosen, groups, strict=True)]
+        rewards = torch.tensor(graded, device=world.device)
         advantage = advantages(rewards, config.advantage).flatten()
         completions = [c for group in groups for c in group]
         if any(c.weight_version != step for c in completions):
@@ -107,11 +109,15 @@ def require_signal(
     prompts: list[list[int]],
     config: RLConfig,
     seed: int,
+    world: World,
 ) -> None:
-    """Raises NoSignal unless some sample of some problem is right."""
-    groups = pool.sample(prompts[: len(problems)], config.samples_per_prompt, config.max_new_tokens, (seed, 2**32 - 1))
-    if not any(reward(p, c, tokenizer) for p, group in zip(problems, groups, strict=True) for c in group):
-        n, k = len(problems), config.samples_per_prompt
+    """Raises NoSignal, on all ranks, unless some sample of some of the first `signal_prompts` problems is right."""
+    n, k = min(config.signal_prompts, len(problems)), config.samples_per_prompt
+    mine = range(world.rank, n, world.size)
+    seeds = [(seed, SIGNAL_STEP, i) for i in mine]
+    groups = pool.sample([prompts[i] for i in mine], seeds, k, config.max_new_tokens)
+    solved = sum(reward(problems[i], c, tokenizer) for i, group in zip(mine, groups, strict=True) for c in group)
+    if world.sum(torch.tensor(solved, device=world.device)) == 0:
         raise NoSignal(
             f"no signal: pass@{k} of the SFT model is 0 on {n} training prompts, so every reward would be zero. Train "
             "base, mid and sft for longer or at a greater depth, or go on anyway with --set rl.require_signal=false"

@@ -36,7 +36,7 @@ ENGINE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 CPU_ENV = ENGINE_ENV | {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-CPU_KV_BYTES = 256 << 20
+CPU_KV_BYTES = 256 << 20  # at least; more where two whole sequences would not fit
 TRIES = 3
 
 
@@ -76,11 +76,13 @@ class Engine:
     def __init__(self, directory: Path, on_gpu: bool) -> None:
         from vllm import LLM
 
+        spec = read_spec(directory)
+        self.max_len = spec.sequence_len
         settings: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": 0.35}
         if not on_gpu:
             # fp32, so that sampler and trainer agree to 1e-5; a fixed cache, without which vLLM does not start
-            settings = {"dtype": "float32", "kv_cache_memory_bytes": CPU_KV_BYTES, "block_size": 32}
-        self.max_len = read_spec(directory).sequence_len
+            cache = max(CPU_KV_BYTES, 2 * spec.kv_bytes_per_token * (spec.sequence_len + 32))
+            settings = {"dtype": "float32", "kv_cache_memory_bytes": cache, "block_size": 32}
         self.llm = LLM(
             str(directory),
             skip_tokenizer_init=True,
@@ -105,7 +107,7 @@ class Engine:
         return digest(state)
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], samples: int, max_new_tokens: int, greedy: bool
+        self, prompts: list[list[int]], seeds: list[tuple[int, ...]], samples: int, max_new_tokens: int, greedy: bool
     ) -> list[list[Completion]]:
         """`samples` completions of each prompt, in one continuous batch, at temperature 1 over the whole vocabulary."""
         from vllm import SamplingParams
@@ -125,7 +127,7 @@ class Engine:
             params = SamplingParams(
                 temperature=0.0 if greedy else 1.0,
                 max_tokens=room,
-                seed=None if greedy else _seed(seeds[i], j, len(so_far.tokens)),
+                seed=None if greedy else _seed(*seeds[i], j, len(so_far.tokens)),
                 stop_token_ids=[self._end, self._call[1]],
                 logprobs=0,
                 detokenize=False,
@@ -200,7 +202,6 @@ class RolloutPool:
         if self.on_gpu:  # the trainer's own device, which Ray would otherwise hide from an actor that asks for none
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
             env["CUDA_VISIBLE_DEVICES"] = visible[int(os.environ.get("LOCAL_RANK", 0)) % len(visible)]
-            env["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": env}}
         return RolloutActor.options(**options).remote(self.directory, self.on_gpu)  # type: ignore[attr-defined]
@@ -218,10 +219,15 @@ class RolloutPool:
         return actor.load.remote(self._current[0], self._current[1])
 
     def sample(
-        self, prompts: list[list[int]], samples: int, max_new_tokens: int, seed: tuple[int, ...], greedy: bool = False
+        self,
+        prompts: list[list[int]],
+        seeds: Sequence[tuple[int, ...]],
+        samples: int,
+        max_new_tokens: int,
+        greedy: bool = False,
     ) -> list[list[Completion]]:
-        """`samples` completions of each prompt, in the order of the prompts."""
-        seeds, n = [_seed(*seed, i) for i in range(len(prompts))], len(self._actors)
+        """`samples` completions of each prompt, in the order of the prompts; `seeds` has a seed for each of these."""
+        n = len(self._actors)
         parts = self._each(
             lambda actor, a: actor.generate.remote(prompts[a::n], seeds[a::n], samples, max_new_tokens, greedy)
         )

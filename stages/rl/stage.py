@@ -21,8 +21,6 @@ from tasks.base import read_problems
 
 
 def run(context: StageContext, config: RLConfig, seed: int, workers: int, devices: Devices) -> None:
-    if config.prompts_per_step % workers:
-        raise ValueError(f"rl.prompts_per_step={config.prompts_per_step} does not divide by --workers {workers}")
     arguments = {"context": context, "config": config, "seed": seed, "devices": devices, "workers": workers}
     launch(work, arguments, context, workers, devices)
 
@@ -41,7 +39,8 @@ def work(arguments: dict[str, Any]) -> None:
     problems = read_problems(context.fetch("ingest", "task") / "train.jsonl")
     steps = config.steps or max(1, len(problems) // config.prompts_per_step)
     reporter = Reporter(context.storage, steps, quiet=world.rank > 0)
-    actors = config.actors or (1 if world.device.type == "cuda" else world.threads)
+    most = 1 if world.device.type == "cuda" else min(world.threads, config.prompts_per_step // world.size)
+    actors = config.actors or most
     with context.scratch() as scratch, RolloutPool(source, devices, actors, config.call_timeout) as pool:
         checkpoints = Checkpoints(context, world, scratch, reporter, config.keep_last)
         reinforce(model, tokenizer, problems, config, steps, seed, world, pool, checkpoints, reporter)

@@ -53,11 +53,11 @@ def launch(
         )
         try:
             return trainer.fit().return_value
-        except TrainingFailedError as error:
+        except (TrainingFailedError, ray.exceptions.RayActorError) as error:
             failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-            own = [f for f in failures if not isinstance(f, LOST)]
-            if own:
-                raise own[0] from None
+            if failures and not any(isinstance(f, LOST) for f in failures):
+                # the others of the group fail with a RuntimeError for the connection that broke
+                raise min(failures, key=lambda f: isinstance(f, RuntimeError)) from None
             if attempt == ATTEMPTS:
                 raise
             logger.warning("%s: a worker was lost (attempt %d of %d), starting again", context.stage, attempt, ATTEMPTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cluster.storage import Storage
+from cluster.storage import Storage, StorageError
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -70,8 +73,6 @@ class Reporter:
         now = time.monotonic()
         if now - self._written < 1.0 or (self._writing and not self._writing.done()):
             return
-        if self._writing:
-            self._writing.result()
         self._written = now
         step = self.records[-1]["step"] + 1
         fresh = step - (self._first_step or 0) - 1  # the first step's time holds the warm-up
@@ -84,7 +85,13 @@ class Reporter:
             "seconds_left": left and round(left, 1),
             "metrics": self.latest("loss", "val_bpb", "reward", "pass_at_1", "tokens_per_second"),
         }
-        self._writing = self._writer.submit(self.storage.write_json, "progress.json", progress)
+        self._writing = self._writer.submit(self._write_progress, progress)
+
+    def _write_progress(self, progress: dict[str, Any]) -> None:
+        try:
+            self.storage.write_json("progress.json", progress)
+        except (OSError, StorageError) as error:  # training does not hang on what is only shown
+            logger.warning("progress is unwritten: %s", error)
 
     def close(self) -> None:
         self.flush()

@@ -62,9 +62,8 @@ class Checkpoints:
         self.world.barrier()
         if self.world.rank == 0:  # what is newer is damaged or half uploaded, and would mix with this attempt's parts
             for name in {f.split("/")[0] for f in storage.list(manifest.CHECKPOINTS)}:
-                at = storage.at(manifest.CHECKPOINTS, name)
-                if found is None or at.uri > found[1].uri:
-                    manifest.remove(at)
+                if found is None or int(name.removeprefix("step_")) > found[0]:
+                    manifest.remove(storage.at(manifest.CHECKPOINTS, name))
         self.world.barrier()
         if found is None:
             return 0
