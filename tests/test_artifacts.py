@@ -53,8 +53,10 @@ def test_states_follow_a_stage_through_its_life(store: RunStore) -> None:
     assert store.state("base", identity, upstream).state == "fresh"
     store.stage("base").write_json("progress.json", {"state": "running", "step": 3, "steps": 9})
     assert store.state("base", identity, upstream).state == "fresh"  # nobody holds the run: it was killed
+    onlooker = RunStore(str(Path(store.storage.uri).parent), store.run)
     with store.claim():
-        assert store.state("base", identity, upstream).state == "running"
+        assert onlooker.state("base", identity, upstream).state == "running"
+        assert store.state("base", identity, upstream).state == "fresh"  # its own claim makes no stage run
     finish(store, "base", identity, upstream, manifests.checkpoint_path(5))
     resumable = store.state("base", identity, upstream)
     assert (resumable.state, resumable.checkpoint_step) == ("resumable", 5)

@@ -1,0 +1,108 @@
+"""What a command decides to do with each stage, from what storage holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_artifacts import finish
+
+from cluster import manifest as manifests
+from pipeline.artifacts import RunStore
+from pipeline.config import Config, identity_of, load_config, stage_names
+from pipeline.dag import StageError, plan, reuse, select, upstream_digests
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config("demo", {"storage": str(tmp_path), "name": "r"})
+
+
+@pytest.fixture
+def store(config: Config) -> RunStore:
+    """A run with every stage done; ingest holds a file a folder that others read."""
+    store = RunStore(config.storage, config.name)
+    for name in stage_names(config):
+        digests = upstream_digests(store, name)
+        assert digests is not None
+        finish(store, name, identity_of(name, config), digests)
+    return store
+
+
+def actions(store: RunStore, config: Config, force: tuple[str, ...] = (), **chosen: str) -> dict[str, str]:
+    names = stage_names(config)
+    selected = select(names, chosen.get("only"), chosen.get("first"), chosen.get("last"), force)
+    return {item.state.name: item.action for item in plan(store, config, names, selected, force)}
+
+
+def changed(config: Config, setting: str) -> Config:
+    return load_config("demo", {"storage": config.storage, "name": config.name}, [setting])
+
+
+def leave_half_done(store: RunStore, config: Config, stage: str) -> None:
+    """What kill -9 leaves: a checkpoint, and progress that says the stage is running."""
+    store.remove(stage)
+    digests = upstream_digests(store, stage)
+    assert digests is not None
+    finish(store, stage, identity_of(stage, config), digests, manifests.checkpoint_path(5))
+    store.stage(stage).write_json("progress.json", {"state": "running", "step": 5, "steps": 9})
+
+
+def test_what_is_done_is_skipped(store: RunStore, config: Config) -> None:
+    assert set(actions(store, config).values()) == {"skip"}
+
+
+def test_a_forced_stage_runs_and_what_reads_it_is_checked(store: RunStore, config: Config) -> None:
+    done = actions(store, config, force=("mid",))
+    assert done["base"] == done["evaluate_base"] == "skip"
+    assert done["mid"] == "run"
+    assert {done[name] for name in ("evaluate_mid", "sft", "evaluate_sft", "rl", "evaluate_rl")} == {"check"}
+
+
+def test_a_killed_stage_is_resumed_and_what_reads_it_is_checked(store: RunStore, config: Config) -> None:
+    leave_half_done(store, config, "mid")
+    with store.claim():
+        done = actions(store, config)
+    assert done["base"] == "skip" and done["mid"] == "resume"
+    assert {done[name] for name in ("evaluate_mid", "sft", "evaluate_sft", "rl", "evaluate_rl")} == {"check"}
+
+
+def test_a_killed_stage_does_not_go_on_under_another_configuration(store: RunStore, config: Config) -> None:
+    leave_half_done(store, config, "mid")
+    with store.claim(), pytest.raises(StageError, match=r"mid: mid\.matrix_lr: 0\.02 -> 0\.5(.|\n)*--force mid"):
+        actions(store, changed(config, "mid.matrix_lr=0.5"))
+
+
+def test_only_the_settings_of_a_stage_make_it_drift(store: RunStore, config: Config) -> None:
+    with pytest.raises(StageError) as error:
+        actions(store, changed(config, "rl.lr_scale=0.5"))
+    assert "rl: rl.lr_scale: 0.15 -> 0.5" in str(error.value) and "sft" not in str(error.value)
+    assert set(actions(store, changed(config, "rl.save_every=1")).values()) == {"skip"}
+
+
+def test_stages_are_chosen_by_name(store: RunStore, config: Config) -> None:
+    for name in ("mid", "sft", "rl"):
+        store.remove(name)
+    assert {n for n, a in actions(store, config, only="mid").items() if a == "run"} == {"mid"}
+    assert {n for n, a in actions(store, config, first="mid", last="sft").items() if a == "run"} == {"mid", "sft"}
+    with pytest.raises(StageError, match="sft reads mid, which is not made yet"):
+        actions(store, config, only="sft")
+    with pytest.raises(StageError, match="no such stage"):
+        actions(store, config, only="pretrain")
+    with pytest.raises(StageError, match="nothing is left"):
+        actions(store, config, first="sft", last="mid")
+    with pytest.raises(StageError, match="--force rl"):
+        actions(store, config, force=("rl",), only="base")
+
+
+def test_reuse_takes_what_would_be_made_the_same(store: RunStore, config: Config) -> None:
+    other = load_config("demo", {"storage": config.storage, "name": "other"}, ["mid.matrix_lr=0.5"])
+    mine = RunStore(other.storage, other.name)
+    taken = reuse(mine, store, other, stage_names(other))
+    assert taken == ["tokenizer", "ingest", "base", "evaluate_base"]
+    for name in taken:
+        manifest = manifests.read(mine.stage(name))
+        assert manifest is not None
+        manifests.verify(mine.stage(name), manifest)
+    with pytest.raises(StageError, match="no such run"):
+        reuse(mine, RunStore(config.storage, "nobody"), other, stage_names(other))
