@@ -141,10 +141,6 @@ class Tokenizer:
         pieces = (text[start : start + MAX_PIECE] for start in range(0, len(text), MAX_PIECE))
         return [i for piece in pieces for i in self._encoding.encode_ordinary(piece)]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
         return self._encoding.decode([int(i) for i in ids])

@@ -116,7 +116,7 @@ def load_config(
     values.setdefault("name", preset or f"d{checked.model.depth}")
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
     values = _merge(values, {"data": {f: absolute(getattr(checked.data, f)) for f in ("corpus", "chat", "gsm8k")}})
-    if checked.rl.prompts_per_step % checked.workers:
+    if checked.with_rl and checked.rl.prompts_per_step % checked.workers:
         near = checked.rl.prompts_per_step // checked.workers * checked.workers
         valid = " or ".join(str(n) for n in (near, near + checked.workers) if n)
         raise ConfigError(

@@ -35,7 +35,6 @@ from tasks.gsm8k import GSM8K
 
 NONE, SYNTHETIC = "none", "synthetic"
 HELD_OUT_SHARE = 0.1  # at most this share of a shard's documents is held out
-ENCODE_BATCH = 256  # documents
 
 
 def corpus_shards(data: DataConfig, shard_bytes: int, seed: int) -> list[list[Unit]]:
@@ -123,19 +122,17 @@ def pack_shard(row: dict[str, Any], context: StageContext, data: DataConfig, row
             packed = pack(encoded(documents, tokenizer, stats), row_len)
             stats["rows"] += write_rows(directory, ((ids, None) for ids, _ in packed), row_len, tokenizer.vocab_size)
             index[split] = json.loads((directory / ROWS_FILE).read_text())
-            index[split]["shards"] = index[split]["shards"] or [0]
             tokens = directory / "00000.tokens"
-            tokens.touch()
             files.append(vars(context.storage.upload(tokens, f"base/{split}/{row['index']:05d}.tokens")))
     return {"index": row["index"], "result": json.dumps({"files": files, "index": index, "stats": stats})}
 
 
 def encoded(documents: list[str], tokenizer: Tokenizer, stats: dict[str, int]) -> Iterator[tuple[np.ndarray, None]]:
     """Each document's ids, `<|bos|>` first; counts its tokens."""
-    for start in range(0, len(documents), ENCODE_BATCH):
-        for ids in tokenizer.encode_batch(documents[start : start + ENCODE_BATCH]):
-            stats["tokens"] += len(ids) + 1
-            yield np.array([tokenizer.bos, *ids]), None
+    for document in documents:
+        ids = tokenizer.encode(document)
+        stats["tokens"] += len(ids) + 1
+        yield np.array([tokenizer.bos, *ids]), None
 
 
 def write_rows(
