@@ -18,7 +18,7 @@ HELP = "usage: fathom COMMAND [options]\n\n" + "".join(f"  {name:<8}{what}\n" fo
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; 2 when there is no such command.
 
-    A user's error is one message and status 1; `--debug` shows the traceback instead.
+    A user's error is one message and status 1, with `--debug` a traceback; Ctrl-C gives 130.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in (["-h"], ["--help"]):
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f"pipeline.{name}")
     try:
         return int(command.main(rest))
+    except KeyboardInterrupt:
+        print(f"fathom {name}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     except Exception as error:
         if "--debug" in rest or not _is_users(error):
             raise
