@@ -9,6 +9,8 @@ import pytest
 from conftest import flags
 from runs import Run, one_clear_message
 
+from tasks.base import read_problems
+
 SETTINGS = {
     "model.vocab_size": 512,
     "model.sequence_len": 256,
@@ -73,8 +75,7 @@ def test_rl_steps_on_gsm8k_when_told_to(real: Run, shared_data: Path) -> None:
     assert [record["step"] for record in records] == [0, 1]
     assert all(record["reward"] == 0 and record["completion_tokens"] > 0 for record in records)
     published = [json.loads(text) for text in (shared_data / "gsm8k/train.jsonl").read_text().splitlines()]
-    trained_on = (real.path / "ingest/task/train.jsonl").read_text().splitlines()
-    assert [json.loads(text) for text in trained_on] == published
+    assert [vars(problem) for problem in read_problems(real.path / "ingest/task/train.jsonl")] == published
     test = {json.loads(text)["question"] for text in (shared_data / "gsm8k/test.jsonl").read_text().splitlines()}
     asked = (real.path / "evaluate_rl/completions.jsonl").read_text().splitlines()
     assert len(asked) == 4 and all(json.loads(text)["question"] in test for text in asked)
