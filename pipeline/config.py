@@ -116,6 +116,12 @@ def load_config(
     values.setdefault("name", preset or f"d{checked.model.depth}")
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
     values = _merge(values, {"data": {f: absolute(getattr(checked.data, f)) for f in ("corpus", "chat", "gsm8k")}})
+    if checked.with_rl and checked.data.gsm8k == NONE:
+        raise ConfigError("--with-rl needs problems to train on: give --gsm8k a folder, hub:openai/gsm8k or synthetic")
+    try:
+        config = _validate(_merge(scaling.derive(checked.model_dump(), values), values))
+    except scaling.DivisionError as error:
+        raise ConfigError(str(error)) from error
     if checked.with_rl and checked.rl.prompts_per_step % checked.workers:
         near = checked.rl.prompts_per_step // checked.workers * checked.workers
         valid = " or ".join(str(n) for n in (near, near + checked.workers) if n)
@@ -123,12 +129,7 @@ def load_config(
             f"rl.prompts_per_step = {checked.rl.prompts_per_step} does not divide among --workers {checked.workers}; "
             f"the nearest that do: {valid}"
         )
-    if checked.with_rl and checked.data.gsm8k == NONE:
-        raise ConfigError("--with-rl needs problems to train on: give --gsm8k a folder, hub:openai/gsm8k or synthetic")
-    try:
-        return _validate(_merge(scaling.derive(checked.model_dump(), values), values))
-    except scaling.DivisionError as error:
-        raise ConfigError(str(error)) from error
+    return config
 
 
 def default_storage() -> str:
