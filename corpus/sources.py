@@ -73,7 +73,7 @@ CORPORA = {
 }
 
 
-def shards_needed(corpus: str, tokens: int, characters_per_token: float = 4.8) -> int | None:
+def shards_needed(corpus: str, tokens: int, characters_per_token: float) -> int | None:
     """How many shards of a named corpus hold `tokens`, which may be more than it has; None for any other corpus."""
     named = CORPORA.get(corpus)
     return math.ceil(tokens * characters_per_token / named.characters) if named else None

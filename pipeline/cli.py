@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     command = importlib.import_module(f"pipeline.{name}")
     try:
-        return int(command.main(rest))
+        status = int(command.main(rest))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"fathom {name}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -22,6 +22,7 @@ from pipeline import scaling
 from stages.config import (
     BUDGETS,
     NONE,
+    SHAPE,
     BaseConfig,
     DataConfig,
     EvaluateConfig,
@@ -265,13 +266,15 @@ def _read_preset(name: str) -> tuple[dict[str, Any], About]:
 
 
 def _giving_way(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The preset without what the command line says in another way: how long base trains, and the vocabulary where a
-    tokenizer is named."""
-    base, tokenizer = given.get("base"), given.get("tokenizer")
+    """The preset without what the command line says in another way: how long base trains, the vocabulary where a
+    tokenizer is named, and the shape where the dial is given."""
+    base, tokenizer, model = given.get("base"), given.get("tokenizer"), given.get("model")
     if isinstance(base, dict) and set(BUDGETS) & base.keys():
         preset = preset | {"base": {k: v for k, v in preset.get("base", {}).items() if k not in BUDGETS}}
     if isinstance(tokenizer, dict) and tokenizer.get("source", "bpe") != "bpe":
         preset = preset | {"model": {k: v for k, v in preset.get("model", {}).items() if k != "vocab_size"}}
+    if isinstance(model, dict) and "depth" in model:
+        preset = preset | {"model": {k: v for k, v in preset.get("model", {}).items() if k not in SHAPE}}
     return preset
 
 

@@ -20,8 +20,8 @@ from cluster.hardware import Gpus, cpu_computes_bf16, parse_gpus
 from corpus.sources import CORPORA, shards_needed
 from models.spec import ModelSpec
 from pipeline.config import PRESETS, Config, ConfigError, add_config_flags, config_from_args, preset_about
-from pipeline.memory import Layout, Memory, memory
-from pipeline.scaling import grad_accum_steps, rows_per_rank
+from pipeline.memory import GB, Layout, Memory, memory
+from pipeline.scaling import characters_per_token, grad_accum_steps, rows_per_rank
 from pipeline.timing import (
     RECOMPUTED,
     SECONDS,
@@ -37,12 +37,10 @@ from pipeline.timing import (
 from stages.config import NONE, BaseConfig, TuneConfig, base_hours
 from tasks.mixture import SYNTHETIC_ROWS, Part
 
-GB = 1e9
 CHECKPOINTING = ("none", "selective", "full")  # the cheapest first
 CHOSEN = ("device_batch_size", "parallel", "checkpointing")  # of base, where neither user nor preset settles them
 FULL_MICRO_BATCH = 8_192  # tokens; below, kernels no longer fill a device, and saving memory otherwise is worth more
 ROOM = 0.95  # of the memory is used by what is chosen, as the model may be off by some percent
-CHARACTERS_PER_TOKEN = 4.8
 BYTES_PER_CHARACTER = 0.4  # of compressed Parquet
 INGEST_CHARACTERS = 12e6  # a second on one core: docs/LOG.md
 # Loss of a model of N parameters on D tokens is e + a/N^alpha + b/D^beta: (e, a, alpha, b, beta).
@@ -79,7 +77,7 @@ def plan(
     """The run in numbers. Units are in the names: GB are 1e9 bytes, of one device where they are memory; hours are of
     the whole run by stage; what cannot be known is None, and `warnings` says what would be needed.
 
-    `gpus` are one worker each unless the configuration has another number. Device batch, parallel mode and
+    Device batch, parallel mode and
     checkpointing stay as they are where the preset has them, where they are not at their defaults, or `fixed` names
     them; else they are chosen, `why` says for what reason and `set` what to add to the run. Without `gpus` nothing is.
     Raises ValueError for workers, prices and shares that cannot be.
@@ -87,15 +85,16 @@ def plan(
     check(usd_per_gpu_hour, mfu)
     spec, base = config.model.spec(), config.base
     assert base.total_batch_size is not None
-    world = _world(config, gpus)
+    world = config.workers[1]
+    if gpus and gpus.hardware and world > gpus.count:
+        raise ConfigError(f"--workers {world}, one a device, but --gpus has {gpus.count}: give --workers {gpus.count}")
     layout, used, why = _layout(config, spec, gpus, world, fixed)
     warnings = list(preset_about(config.preset).corrections) if config.preset else []
 
-    achieved = rate(spec, gpus, base.precision, mfu, calibration) if gpus else None
-    speed = achieved.tokens_per_second(spec, world, layout.checkpointing) if achieved else None
+    achieved = rate(spec, gpus, base.precision, layout.compiled, mfu, calibration) if gpus else None
+    speed = achieved.tokens_per_second(spec, layout) if achieved else None
+    peak = gpus.hardware.bf16_flops if gpus and gpus.hardware else None
     steps, tokens, base_seconds = _base(base, spec, config.workers[0], speed)
-    hours = _hours(config, spec, gpus, world, achieved, speed, base_seconds, calibration, warnings)
-    total_hours = hours["total"]
     price = usd_per_gpu_hour if usd_per_gpu_hour is not None else base.usd_per_worker_hour
     devices = gpus.count if gpus else world
     available = gpus.memory_bytes / (world if layout.kind == "cpu" else 1) if gpus else None
@@ -103,13 +102,17 @@ def plan(
     if fits is False:
         warnings.append(_too_small(spec, layout, used, available or 0.0, gpus))
     settings = _to_set(config, layout)
-    for stage in [s for s in ("mid", "sft") if available is not None and getattr(config.data, s)]:
-        tuned, need, changes = _tuned(config, stage, spec, layout, available or 0.0, fixed)
+    speeds = {}
+    for stage in [s for s in ("mid", "sft") if getattr(config.data, s)]:
+        tuned, need, changes = _tuned(config, stage, spec, layout, available, fixed)
         settings += changes
-        if need.total > (available or 0.0):
+        if available is not None and need.total > available:
             fits = False
-            warnings.append(_too_small(spec, tuned, need, available or 0.0, gpus, f" in {stage}"))
+            warnings.append(_too_small(spec, tuned, need, available, gpus, f" in {stage}"))
         used = max(used, need, key=lambda m: m.total)
+        speeds[stage] = achieved.tokens_per_second(spec, tuned) if achieved else None
+    hours = _hours(config, spec, gpus, layout, achieved, speeds, base_seconds, calibration, warnings)
+    total_hours = hours["total"]
     warnings += _notes(config, spec, gpus, layout, achieved, tokens, available)
     for flag, limit, needed in (
         ("--hours", base.hours, total_hours),
@@ -119,7 +122,7 @@ def plan(
             warnings.append(
                 f"{flag} {limit:g} is of base alone where the depth is given: all stages come to {needed:,.2f}"
             )
-    shards = shards_needed(config.data.corpus, tokens) if tokens else None
+    shards = _shards(config, tokens)
     numbers: dict[str, Any] = {
         "name": config.name,
         "gpus": gpus.name if gpus else None,
@@ -144,11 +147,11 @@ def plan(
         | {"total": used.total / GB, "available": available / GB if available is not None else None},
         "memory_peak": used.peak,
         "fits": fits,
-        "mfu": achieved.mfu if achieved else None,
+        "mfu": peak and speed and speed * spec.flops_per_token / (peak * world),
         "mfu_source": achieved.source if achieved else None,
         "tokens_per_second": speed,
         "hours": hours,
-        "rl": _rl(config, spec, gpus, world, achieved, calibration),
+        "rl": _rl(config, spec, gpus, layout, achieved, calibration),
         "cost_usd": total_hours * devices * price if total_hours is not None and price is not None else None,
         "usd_per_gpu_hour": price,
         "shards": shards,
@@ -166,18 +169,6 @@ def check(usd_per_gpu_hour: float | None, mfu: float | None) -> None:
         raise ConfigError(f"--usd-per-gpu-hour {usd_per_gpu_hour:g}: a price must be above 0")
     if mfu is not None and not 0 < mfu <= 1:
         raise ConfigError(f"--mfu {mfu:g}: a share of the peak is above 0 and at most 1, such as 0.48")
-
-
-def _world(config: Config, gpus: Gpus | None) -> int:
-    """Workers that train: one a GPU where the configuration does not say."""
-    most = config.workers[1]
-    if gpus is None or gpus.hardware is None:
-        return most
-    if config.workers == (1, 1):
-        return gpus.count
-    if most > gpus.count:
-        raise ConfigError(f"--workers {most}, one a device, but --gpus has {gpus.count}: give --workers {gpus.count}")
-    return most
 
 
 # --- what is laid out how ---
@@ -203,6 +194,7 @@ def _layout(
         checkpointing=base.checkpointing,
         compiled=base.compile if base.compile is not None else kind == "cuda",
         optimizer=base.optimizer,
+        cuda_graphs=base.cuda_graphs,
         precision=base.precision if base.precision != "auto" else "bf16" if bf16 else "fp32",
         kind=kind,
     )
@@ -256,7 +248,7 @@ def _to_set(config: Config, layout: Layout) -> list[str]:
 
 
 def _tuned(
-    config: Config, stage: str, spec: ModelSpec, layout: Layout, available: float, fixed: Collection[str]
+    config: Config, stage: str, spec: ModelSpec, layout: Layout, available: float | None, fixed: Collection[str]
 ) -> tuple[Layout, Memory, list[str]]:
     """How mid or sft is laid out: as configured, or where that does not fit like base, with the settings it takes."""
     train: TuneConfig = getattr(config, stage)
@@ -275,7 +267,7 @@ def _tuned(
 
     asked = laid_out(train.device_batch_size, train.parallel, train.checkpointing)
     need = memory(spec, asked)
-    if need.total <= available or set(CHOSEN) <= set(fixed):
+    if available is None or need.total <= available or set(CHOSEN) <= set(fixed):
         return asked, need, []
     n = next(n for n in range(min(rows, layout.device_batch_size), 0, -1) if rows % n == 0)
     like_base = laid_out(n, layout.parallel, layout.checkpointing)
@@ -307,12 +299,14 @@ def _why(layout: Layout, kept: set[str], rows: int, modes: list[str]) -> str:
     if layout.world > 1 and "parallel" not in kept:
         reason = {
             "ddp": "as everything fits whole",
-            "zero1": "as Muon's updates are then shared, not repeated" if modes[0] == "zero1" else "as ddp needs more",
-            "fsdp": "as whole weights and gradients leave too little room",
+            "zero1": "as Muon's updates are then shared, not repeated"
+            if modes[0] == "zero1"
+            else "as ddp leaves less room",
+            "fsdp": "as whole weights and gradients leave too little room for micro-batches that fill a device",
         }[layout.parallel]
         parts.append(f"{layout.parallel} {reason}")
     if "checkpointing" not in kept:
-        reason = "all activations fit" if layout.checkpointing == "none" else "activations would not fit with less"
+        reason = "activations fit" if layout.checkpointing == "none" else "with less only smaller micro-batches fit"
         parts.append(f"checkpointing {layout.checkpointing}, as {reason}")
     return "; ".join(parts)
 
@@ -351,31 +345,32 @@ def _hours(
     config: Config,
     spec: ModelSpec,
     gpus: Gpus | None,
-    world: int,
+    layout: Layout,
     achieved: Rate | None,
-    speed: float | None,
+    speeds: dict[str, float | None],
     base_seconds: float | None,
     calibration: Calibration | None,
     warnings: list[str],
 ) -> dict[str, float | None]:
     hours: dict[str, float | None] = {"base": base_seconds / SECONDS if base_seconds is not None else None}
-    if speed is None or gpus is None or achieved is None:
+    if gpus is None or achieved is None:
         return hours | {"total": None}
     unknown = []
-    for stage, train in (("mid", config.mid), ("sft", config.sft)):
+    for stage, speed in speeds.items():
+        train = getattr(config, stage)
         tokens = _tuning_tokens(train, getattr(config.data, stage))
-        hours[stage] = training_seconds(train, tokens, speed, spec) / SECONDS if tokens is not None else None
+        hours[stage] = training_seconds(train, tokens, speed, spec) / SECONDS if tokens is not None and speed else None
         if tokens is None:
             unknown.append(stage)
     sampled = calibration.sampled if calibration else None
     if config.data.gsm8k != NONE:
         ask = config.evaluate
-        once = sampling_seconds(spec, gpus, world, ask.problems * ask.samples, ask.max_new_tokens, sampled)
+        once = sampling_seconds(spec, gpus, layout.world, ask.problems * ask.samples, ask.max_new_tokens, sampled)
         hours["evaluate"] = once * (3 if config.with_rl else 2) / SECONDS if once is not None else None
         if once is None:
             unknown.append("evaluate")
     if config.with_rl:
-        rl = _rl_time(config, spec, gpus, world, achieved, calibration)
+        rl = _rl_time(config, spec, gpus, layout, achieved, calibration)
         hours["rl"] = rl.hours if rl else None
         if rl is None:
             unknown.append("rl")
@@ -405,7 +400,7 @@ def _rl_time(
     config: Config,
     spec: ModelSpec,
     gpus: Gpus,
-    world: int,
+    layout: Layout,
     achieved: Rate,
     calibration: Calibration | None,
     **changed: int,
@@ -416,21 +411,22 @@ def _rl_time(
     values |= {"eval_samples": config.evaluate.problems * config.evaluate.samples}
     steps = rl.steps or max(1, prompts // rl.prompts_per_step)
     sampled = calibration.sampled if calibration else None
-    return rl_time(spec, gpus, world, achieved, steps, **(values | changed), sampled=sampled)
+    layout = replace(layout, checkpointing="none", compiled=False, optimizer=rl.optimizer)
+    return rl_time(spec, gpus, layout, achieved, steps, **(values | changed), sampled=sampled)
 
 
 def _rl(
     config: Config,
     spec: ModelSpec,
     gpus: Gpus | None,
-    world: int,
+    layout: Layout,
     achieved: Rate | None,
     calibration: Calibration | None,
 ) -> dict[str, Any] | None:
     """A step of RL in seconds, and what the hours would be with twice the samples or tokens, or evaluations between."""
     if not config.with_rl or gpus is None or achieved is None:
         return None
-    now = _rl_time(config, spec, gpus, world, achieved, calibration)
+    now = _rl_time(config, spec, gpus, layout, achieved, calibration)
     if now is None:
         return None
     rl = config.rl
@@ -441,7 +437,7 @@ def _rl(
         "eval_every": every,
     }
     others = {
-        f"{k}={v}": _rl_time(config, spec, gpus, world, achieved, calibration, **{k: v}) for k, v in changes.items()
+        f"{k}={v}": _rl_time(config, spec, gpus, layout, achieved, calibration, **{k: v}) for k, v in changes.items()
     }
     return {
         "steps": now.steps,
@@ -456,11 +452,17 @@ def _rl(
 # --- what else ---
 
 
+def _shards(config: Config, tokens: int | None) -> int | None:
+    """Files of the corpus that hold so many tokens; None where its size is not known."""
+    per_token = characters_per_token(config.tokenizer.source)
+    return shards_needed(config.data.corpus, tokens, per_token) if tokens else None
+
+
 def _characters(config: Config, tokens: int) -> float:
     """Characters of the corpus that ingest reads."""
     named = CORPORA.get(config.data.corpus)
     if named is None or config.data.shards is None:
-        return tokens * CHARACTERS_PER_TOKEN
+        return tokens * characters_per_token(config.tokenizer.source)
     return config.data.shards * named.characters
 
 
@@ -472,11 +474,12 @@ def _disk(config: Config, spec: ModelSpec, tokens: int | None) -> dict[str, floa
     data = None
     if characters is not None:
         downloaded = BYTES_PER_CHARACTER * characters if config.data.corpus in CORPORA else 0.0
-        data = (downloaded + per_token * characters / CHARACTERS_PER_TOKEN) / GB
+        data = (downloaded + per_token * characters / characters_per_token(config.tokenizer.source)) / GB
     weights = 4 * spec.padded_parameters
     rest = spec.padded_parameters - spec.matrix_parameters
     state = 4 * spec.matrix_parameters + 8 * rest if config.base.optimizer == "muon" else 2 * weights
-    kept = max(s.keep_last + (1 if s.keep_best else 0) for s in (config.base, config.mid, config.sft)) + 1
+    kept = max(s.keep_last + (1 if s.keep_best else 0) for s in (config.base, config.mid, config.sft))
+    kept = 1 + max(kept, config.rl.keep_last if config.with_rl else 0)
     finished = 4 if config.with_rl else 3
     return {"data": data, "checkpoints": (kept * (weights + state) + finished * weights) / GB}
 
@@ -492,9 +495,9 @@ def _notes(
 ) -> Iterable[str]:
     """What a person should know before the run."""
     named = CORPORA.get(config.data.corpus)
-    shards = shards_needed(config.data.corpus, tokens) if tokens else None
+    shards = _shards(config, tokens)
     if named and shards and tokens and shards > named.shards:
-        there = named.shards * named.characters / CHARACTERS_PER_TOKEN
+        there = named.shards * named.characters / characters_per_token(config.tokenizer.source)
         yield (
             f"{shards:,} shards hold {tokens:,} tokens, {config.data.corpus} has {named.shards:,}: "
             f"{shards / named.shards:.2f} epochs; one is {there / GB:,.1f} B tokens, "
@@ -507,7 +510,7 @@ def _notes(
     if gpus.hardware is None and achieved is None:
         yield "a CPU's speed is not known: measure it with `fathom probe --json FILE` and add --calibrate FILE"
     elif achieved and achieved.source.startswith("assumed"):
-        yield f"an MFU of {achieved.mfu:.0%} is {achieved.source}; `fathom probe` measures it"
+        yield f"the speed is {achieved.source}; `fathom probe` measures it"
     if gpus.hardware and layout.precision == "fp8" and gpus.hardware.fp8_flops is None:
         yield f"{gpus.hardware.name} has no fp8 units: set base.precision=bf16"
     if layout.checkpointing != "none" and available is not None:
@@ -609,7 +612,9 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--usd-per-gpu-hour", type=float, help="price of one device an hour")
     parser.add_argument("--mfu", type=float, help="share of the dense bf16 peak achieved, such as 0.48")
-    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="take the speed from measurements, see `probe`")
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FILE", action="append", help="take the speed from measurements; repeatable"
+    )
     parser.add_argument("--law", choices=sorted(LAWS), default="hoffmann", help="scaling law of the expected loss")
     parser.add_argument("--flops", type=float, help="list the shapes of --family with the lowest loss for these FLOPs")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -620,19 +625,19 @@ def plan_from_args(args: argparse.Namespace) -> dict[str, Any]:
     gpus = parse_gpus(args.gpus) if args.gpus else None
     if gpus and gpus.hardware and args.workers is None:
         args.workers = str(gpus.count)
+    price = args.usd_per_gpu_hour
+    if price is None and args.preset and not args.gpus:
+        price = preset_about(args.preset).usd_per_gpu_hour
     if args.usd_per_worker_hour is None:
-        args.usd_per_worker_hour = args.usd_per_gpu_hour
+        args.usd_per_worker_hour = price
     check(args.usd_per_gpu_hour, args.mfu)
     if args.mfu is not None and args.calibrate:
         raise ConfigError("give one of --mfu and --calibrate: both say how fast a device is")
     config = config_from_args(args)
-    price = args.usd_per_gpu_hour
-    if config.preset and gpus is None:
-        gpus = default_gpus(config)
-        price = price if price is not None else preset_about(config.preset).usd_per_gpu_hour
+    gpus = gpus or default_gpus(config)
     if gpus is None and (args.mfu is not None or args.calibrate):
         raise ConfigError("--mfu and --calibrate are of devices: add --gpus, such as 8xH100")
-    calibration = read_calibration(args.calibrate) if args.calibrate else None
+    calibration = read_calibration(args.calibrate, gpus) if args.calibrate and gpus else None
     fixed = {text.partition("=")[0].strip().removeprefix("base.") for text in args.set if text.startswith("base.")}
     return plan(config, gpus, price, args.mfu, calibration, args.law, fixed)
 
@@ -647,6 +652,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.flops is not None:
+            if args.depth is not None or args.preset is not None:
+                raise ConfigError("--flops looks for the shape: give it without --depth and --preset")
             rows = inverse.shapes_for(args.flops, args.family or "depth", args.law)
             print(json.dumps({"shapes": rows}, indent=1) if args.json else inverse.shapes_table(rows, args.flops))
             return 0

@@ -20,7 +20,7 @@ from rich.console import Console
 from cluster.resources import resources
 from cluster.runtime import connect
 from pipeline.artifacts import Claim, RunStore
-from pipeline.config import Config, add_config_flags, config_from_args, stage_names
+from pipeline.config import Config, add_config_flags, config_from_args, load_config, stage_names
 from pipeline.dag import TRAINING, Planned, StageError, plan, reuse, select, submit
 from pipeline.plan import outlook
 from pipeline.status import run_states
@@ -95,7 +95,15 @@ def execute(
     there = devices.gpus if devices.kind == "cuda" else devices.cpus
     if config.workers[0] > there:
         what = "GPUs" if devices.kind == "cuda" else "CPU cores"
-        raise StageError(f"--workers {config.workers[0]} needs as many {what}; this cluster has {there}")
+        asked = config.workers[0]
+        whose = (
+            f", the preset {config.preset}'s,"
+            if config.preset and asked == load_config(config.preset).workers[0]
+            else ""
+        )
+        raise StageError(
+            f"--workers {asked}{whose} needs as many {what}; this cluster has {there}: add --workers {there}"
+        )
     check_heads(config, devices.kind, [item.state.name for item in planned if item.action not in ("", "skip")])
     for name in TRAINING:
         store.stage(name).delete(STOP)

@@ -11,12 +11,18 @@ from typing import Any
 from corpus.sources import CORPORA, shards_needed
 from stages.config import ModelConfig
 
+CHARACTERS_PER_TOKEN = 4.8
 SPARE_SHARDS = 1.1  # shards of a named corpus, of those that hold as many tokens: packing crops, and some are held out
 TOTAL_BATCH_SIZE = {"base": 524_288, "mid": 524_288, "sft": 32_768}  # tokens a step
 
 
 class DivisionError(ValueError):
     """Sizes that do not divide; the message names values that would."""
+
+
+def characters_per_token(tokenizer: str) -> float:
+    """About how many characters of text a token of this tokenizer stands for."""
+    return 1.0 if tokenizer == "chars" else CHARACTERS_PER_TOKEN
 
 
 def base_tokens(parameters: int, target_ratio: float) -> int:
@@ -87,7 +93,7 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if data["shards"] is None and data["corpus"] in CORPORA:
         target = base_tokens(parameters, base["target_ratio"])  # a guess where time decides
         tokens = base["steps"] * base["total_batch_size"] if base["steps"] is not None else target
-        needed = shards_needed(data["corpus"], tokens)
+        needed = shards_needed(data["corpus"], tokens, characters_per_token(config["tokenizer"]["source"]))
         enough = math.ceil(SPARE_SHARDS * (needed or 1))
         filled["data"] = data | {"shards": min(enough, CORPORA[data["corpus"]].shards)}
     return filled

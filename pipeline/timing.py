@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.hardware import Gpus, Hardware
+from cluster.hardware import Gpus, Hardware, find
 from models.spec import ModelSpec
+from pipeline.memory import Layout
 from stages.config import TrainConfig
 
 SECONDS = 3600.0
@@ -32,6 +33,8 @@ IS_DATA_CENTRE = ("A100", "H100", "H200", "B200", "MI300")
 # norms and activations again, which costs memory traffic.
 RECOMPUTED = {"none": 1.0, "selective": 1.06, "full": 4 / 3}
 FORWARD = 1 / 3  # of the FLOPs of training
+NEWTON_SCHULZ_STEPS = 5  # of kernels.muon
+LOGIT_BYTES = 8  # moved for each logit
 
 ENGINE_SEQUENCES = 256  # that one engine samples at once: stages.rl.rollout
 DECODE_SECONDS = 0.005  # of a step of the engine beyond its traffic: launches, scheduling, drawing of tokens
@@ -42,11 +45,20 @@ PROMPT_TOKENS = 150  # a GSM8K question
 
 
 @dataclass(frozen=True)
-class Point:
-    """A measurement: FLOPs a token of the model, and FLOP/s of one device that came of it, recomputation included."""
+class Work:
+    """What one device does for a token: FLOPs, and bytes that elementwise operations move."""
 
-    flops_per_token: float
     flops: float
+    traffic: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement: the seconds that a device took for a token."""
+
+    work: Work
+    seconds: float
+    compiled: bool
 
 
 @dataclass(frozen=True)
@@ -59,14 +71,40 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Rate:
-    """FLOP/s that one device achieves in training, and where that is from."""
+    """How fast one device trains, and where that is from: FLOP/s, of those that a model counts where `of_model`, else
+    of all that are done; and the bytes/s beside them."""
 
     flops: float
     source: str
-    mfu: float | None = None
+    of_model: bool = False
+    bandwidth: float = math.inf
 
-    def tokens_per_second(self, spec: ModelSpec, devices: int, checkpointing: str) -> float:
-        return self.flops * devices / (spec.flops_per_token * RECOMPUTED[checkpointing])
+    def tokens_per_second(self, spec: ModelSpec, layout: Layout) -> float:
+        """Of all devices."""
+        if self.of_model:
+            return layout.world * self.flops / spec.flops_per_token
+        work = work_of(spec, layout)
+        return layout.world / (work.flops / self.flops + work.traffic / self.bandwidth)
+
+
+def work_of(spec: ModelSpec, layout: Layout) -> Work:
+    """What a token costs a device: the model's FLOPs, what checkpointing computes again, and a share of the optimizer's
+    own; the bytes that blocks keep and those of the logits, which stand for what is read and written elementwise."""
+    per_step = layout.device_batch_size * layout.grad_accum_steps * spec.sequence_len
+    flops = RECOMPUTED[layout.checkpointing] * spec.flops_per_token
+    if layout.optimizer == "muon":
+        shared = layout.world if layout.parallel != "ddp" else 1
+        flops += muon_flops(spec) / shared / per_step
+    element = 4 if layout.precision == "fp32" else 2
+    kept = spec.activation_bytes("none", layout.compiled, element)
+    return Work(flops, spec.layers * kept + LOGIT_BYTES * spec.padded_vocab)
+
+
+def muon_flops(spec: ModelSpec) -> float:
+    """FLOPs of one update of all matrices: for each of m by n, m <= n, and each Newton-Schulz step, X X^T, its square
+    and the product with X (https://kellerjordan.github.io/posts/muon)."""
+    sizes = [(min(shape), max(shape), count) for shape, count in spec.matrix_shapes.items()]
+    return float(sum(count * NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m**3) for m, n, count in sizes))
 
 
 def default_mfu(hardware: Hardware, parameters: int, precision: str) -> tuple[float, str]:
@@ -81,64 +119,95 @@ def default_mfu(hardware: Hardware, parameters: int, precision: str) -> tuple[fl
 
 
 def rate(
-    spec: ModelSpec, gpus: Gpus, precision: str, mfu: float | None = None, calibration: Calibration | None = None
+    spec: ModelSpec,
+    gpus: Gpus,
+    precision: str,
+    compiled: bool,
+    mfu: float | None = None,
+    calibration: Calibration | None = None,
 ) -> Rate | None:
     """What a device achieves: as measured, else at `mfu`, else at the usual one; None for a CPU nobody measured."""
-    peak = gpus.hardware.bf16_flops if gpus.hardware else None
     if calibration:
-        flops = interpolated(calibration.points, spec.flops_per_token)
-        return Rate(flops, "measured", peak and flops / peak)
-    if peak is None or gpus.hardware is None:
+        alike = [p for p in calibration.points if p.compiled == compiled]
+        source = "measured" if alike else f"measured {'without' if compiled else 'with'} torch.compile"
+        return fitted(alike or calibration.points, source)
+    if gpus.hardware is None:
         return None
-    share, source = (mfu, "--mfu") if mfu is not None else default_mfu(gpus.hardware, spec.parameters, precision)
-    return Rate(share * peak, source, share)
+    if mfu is not None:
+        return Rate(mfu * gpus.hardware.bf16_flops, "--mfu", of_model=True)
+    share, source = default_mfu(gpus.hardware, spec.parameters, precision)
+    return Rate(share * gpus.hardware.bf16_flops, source)
 
 
-def interpolated(points: Sequence[Point], flops_per_token: float) -> float:
-    """FLOP/s between measured models, linear in the logarithm of their FLOPs a token; beyond them, the nearest's."""
-    points = sorted(points, key=lambda p: p.flops_per_token)
-    below = [p for p in points if p.flops_per_token <= flops_per_token]
-    above = [p for p in points if p.flops_per_token >= flops_per_token]
-    if not below or not above:
-        return (below[-1] if below else above[0]).flops
-    low, high = below[-1], above[0]
-    if low.flops_per_token == high.flops_per_token:
-        return low.flops
-    part = math.log(flops_per_token / low.flops_per_token) / math.log(high.flops_per_token / low.flops_per_token)
-    return low.flops + part * (high.flops - low.flops)
+def fitted(points: Sequence[Point], source: str) -> Rate:
+    """The FLOP/s and bytes/s that come nearest to all measurements, as shares of their seconds (least squares); FLOP/s
+    alone where that leaves no positive bytes/s, as with a single one."""
+    rows = [(p.work.flops / p.seconds, p.work.traffic / p.seconds) for p in points]
+    ff, ft, tt = (sum(r[i] * r[j] for r in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
+    f, t = (sum(r[i] for r in rows) for i in (0, 1))
+    determinant = ff * tt - ft * ft
+    if len(rows) > 1 and determinant > 1e-9 * ff * tt:
+        per_flop, per_byte = (f * tt - t * ft) / determinant, (t * ff - f * ft) / determinant
+        if per_flop > 0 and per_byte > 0:
+            return Rate(1 / per_flop, source, bandwidth=1 / per_byte)
+    return Rate(ff / f, source)
 
 
-def read_calibration(path: Path) -> Calibration:
-    """Measurements from a file that `fathom probe --json FILE` wrote, or one of several such measurements.
+def read_calibration(paths: Sequence[Path], gpus: Gpus) -> Calibration:
+    """Measurements on such devices as `gpus`, from files that `fathom probe --json FILE` or `bench/` wrote.
 
-    The first holds "model" (fields of ModelSpec), "workers" and "best" (with "tokens_per_second" and "checkpointing");
-    the second "rows", each with "model" and "tokens_per_second", and where they are not 1 and "none" "workers" and
-    "checkpointing". Either may have "rollout_tokens_per_second", what one engine samples on one device.
-    Raises ValueError for anything else.
+    A file holds "hardware", the device's name, and "rows", each with "model" (fields of ModelSpec),
+    "tokens_per_second", "device_batch_size", "grad_accum_steps", "checkpointing", "compile", and where they are not 1,
+    ddp and muon "workers", "parallel" and "optimizer"; in a probe's file what all rows share is beside them. Rows
+    without a speed do not count. A row may have "rollout_tokens_per_second" instead, what one engine samples on one
+    device; the last such one counts.
+    Raises ValueError for anything else, and for other hardware.
     """
-    try:
-        record = json.loads(path.read_text())
-        rows = record["rows"]
-        if "best" in record:
-            rows = [record["best"] | {"model": record["model"], "workers": record["workers"]}] if record["best"] else []
-        points = tuple(_point(row) for row in rows if row.get("tokens_per_second"))
-        sampled = record.get("rollout_tokens_per_second")
-        if not points or (sampled is not None and not sampled > 0):
-            raise ValueError("no measurement in it")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        why = error if isinstance(error, OSError | ValueError) else "no measurement in it"
-        raise ValueError(f"--calibrate {path}: {why}; it takes what `fathom probe --json FILE` writes") from error
-    return Calibration(points, sampled)
+    points: list[Point] = []
+    sampled = None
+    for path in paths:
+        try:
+            record = json.loads(path.read_text())
+            rows = record["rows"]
+            if "best" in record:  # of a probe's settings, the fastest with and without torch.compile
+                shared = {k: record[k] for k in ("model", "workers", "optimizer")}
+                rows = sorted((shared | row for row in rows), key=lambda row: float(row["tokens_per_second"]))
+                rows = list({row["compile"]: row for row in rows}.values())
+            found = [point_of(row) for row in rows if row.get("tokens_per_second")]
+            rollouts = [float(r["rollout_tokens_per_second"]) for r in rows if r.get("rollout_tokens_per_second")]
+            if not found and not rollouts:
+                raise ValueError("no measurement in it")
+            if not all(0 < r < math.inf for r in rollouts):
+                raise ValueError(f"{rollouts[-1]} tokens a second is no measurement")
+            measured_on = record["hardware"]
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            why = error if isinstance(error, OSError | ValueError) else "no measurement in it"
+            raise ValueError(f"--calibrate {path}: {why}; it takes what `fathom probe --json FILE` writes") from error
+        if find(measured_on) != gpus.hardware:
+            raise ValueError(f"--calibrate {path}: measured on {measured_on}, which is not {gpus.name}: measure there")
+        points += found
+        sampled = rollouts[-1] if rollouts else sampled
+    if not points:
+        raise ValueError("--calibrate: how fast training is, is in none of the files; see `fathom probe --json FILE`")
+    return Calibration(tuple(points), sampled)
 
 
-def _point(row: dict[str, Any]) -> Point:
-    fields = {k: v for k, v in row["model"].items() if k in ModelSpec.__dataclass_fields__}
+def point_of(row: dict[str, Any]) -> Point:
+    """The point of a row of a calibration file; ValueError for figures that cannot be."""
+    spec = ModelSpec(**{k: v for k, v in row["model"].items() if k in ModelSpec.__dataclass_fields__})
     speed, workers = row["tokens_per_second"], row.get("workers", 1)
     if not 0 < speed < math.inf or not 1 <= workers < math.inf:
         raise ValueError(f"{speed} tokens a second on {workers} worker(s) is no measurement")
-    per_token = ModelSpec(**fields).flops_per_token
-    done = speed / workers * per_token * RECOMPUTED[row.get("checkpointing", "none")]
-    return Point(per_token, done)
+    layout = Layout(
+        device_batch_size=row["device_batch_size"],
+        grad_accum_steps=row["grad_accum_steps"],
+        world=workers,
+        parallel=row.get("parallel", "ddp"),
+        checkpointing=row["checkpointing"],
+        compiled=row["compile"],
+        optimizer=row.get("optimizer", "muon"),
+    )
+    return Point(work_of(spec, layout), workers / speed, layout.compiled)
 
 
 def training_seconds(config: TrainConfig, tokens: float, tokens_per_second: float, spec: ModelSpec) -> float:
@@ -186,7 +255,7 @@ class RLTime:
 def rl_time(
     spec: ModelSpec,
     gpus: Gpus,
-    devices: int,
+    layout: Layout,
     achieved: Rate,
     steps: int,
     prompts_per_step: int,
@@ -199,12 +268,12 @@ def rl_time(
     """Reinforcement learning, where rollout and learner take turns; None where `sampling_seconds` is. `eval_samples`
     completions are sampled every `eval_every` steps (0: never)."""
     sequences = prompts_per_step * samples_per_prompt
-    rollout = sampling_seconds(spec, gpus, devices, sequences, max_new_tokens, sampled)
+    rollout = sampling_seconds(spec, gpus, layout.world, sequences, max_new_tokens, sampled)
     if rollout is None:
         return None
     tokens = sequences * (PROMPT_TOKENS + max_new_tokens)
-    learner = tokens / (EAGER * achieved.tokens_per_second(spec, devices, "none"))
+    learner = tokens / (EAGER * achieved.tokens_per_second(spec, layout))
     sync = 4 * spec.parameters / SYNC_BYTES
     passes = steps // eval_every if eval_every else 0
-    evaluation = sampling_seconds(spec, gpus, devices, eval_samples, max_new_tokens, sampled) if passes else 0.0
+    evaluation = sampling_seconds(spec, gpus, layout.world, eval_samples, max_new_tokens, sampled) if passes else 0.0
     return RLTime(steps, rollout, learner, sync, passes * (evaluation or 0.0))

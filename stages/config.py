@@ -62,6 +62,9 @@ class DataConfig(Section):
     synthetic_problems: int = Field(40_000, ge=64, description="training problems the arithmetic task has")
 
 
+SHAPE = ("layers", "width", "heads", "kv_heads", "ffn_width")  # of the model, which `depth` sets by a rule
+
+
 class ModelConfig(Section):
     """`depth` sets the whole shape by the family's rule; the fields below it replace single parts of that rule."""
 
@@ -84,8 +87,8 @@ class ModelConfig(Section):
         rule = ModelSpec.from_dial(
             self.family, self.depth, vocab_size or self.vocab_size, self.sequence_len, self.width
         )
-        shape = ("layers", "heads", "kv_heads", "ffn_width", "rope_base", "tied", "biases")
-        given = {name: value for name in shape if (value := getattr(self, name)) is not None}
+        fields = [*(name for name in SHAPE if name != "width"), "rope_base", "tied", "biases"]
+        given = {name: value for name in fields if (value := getattr(self, name)) is not None}
         if "heads" in given:
             given.setdefault("kv_heads", given["heads"])
         return dataclasses.replace(rule, head_dim=0, **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,10 +17,10 @@ import pytest
 
 from cluster.hardware import Gpus, parse, parse_gpus
 from models.spec import ModelSpec
-from pipeline import inverse, plan
-from pipeline.config import Config, load_config
+from pipeline import inverse, plan, timing
+from pipeline.config import Config, load_config, preset_about
 from pipeline.memory import Layout, memory
-from pipeline.timing import Calibration, Point, interpolated, read_calibration
+from pipeline.timing import Calibration, Point, Work, read_calibration
 
 ROOT = Path(__file__).parents[1]
 GUIDE = {  # shapes of a 1.3-1.8 B training guide; the loss it states, and the tokens
@@ -188,7 +189,7 @@ def test_what_is_not_fixed_is_chosen_to_fit() -> None:
     assert again["memory_gb"] == narrow["memory_gb"] and again["set"] == []
     alone = plan.plan(at_depth(20), parse_gpus("1xRTX4090"))
     assert alone["fits"] and alone["parallel"] == "ddp" and 256 % alone["device_batch_size"] == 0
-    fixed = plan.plan(at_depth(20, device_batch_size=4, checkpointing="full"), parse_gpus("8xH100"))
+    fixed = plan.plan(at_depth(20, 8, device_batch_size=4, checkpointing="full"), parse_gpus("8xH100"))
     assert (fixed["device_batch_size"], fixed["checkpointing"], fixed["grad_accum_steps"]) == (4, "full", 8)
     assert "device_batch_size as asked" in fixed["why"]
 
@@ -199,34 +200,103 @@ def test_mid_and_sft_are_laid_out_to_fit_too(capsys: pytest.CaptureFixture[str])
 
 
 def test_rl_takes_longer_with_more_samples_tokens_and_evaluations() -> None:
-    config = load_config(flags={"with_rl": True})
+    config = load_config(flags={"with_rl": True, "workers": 8})
     rl = plan.plan(config, parse_gpus("8xH100"))["rl"]
     assert rl["steps"] == 7_473 // 16
     assert len(rl["hours_with"]) == 3 and all(hours > rl["hours"] for hours in rl["hours_with"].values())
-    measured = Calibration((Point(1e9, 1e14),), sampled=1_000.0)
+    measured = Calibration((Point(Work(1e9, 1e6), 1e-5, compiled=True),), sampled=1_000.0)
     slow = plan.plan(config, parse_gpus("8xH100"), calibration=measured)["rl"]
     assert slow["rollout_seconds"] == pytest.approx(16 * 16 / 8 * 256 / 1_000)
 
 
 def test_measurements_replace_the_usual_speed(tmp_path: Path) -> None:
     config = at_depth(4)
-    model = asdict(config.model.spec())
-    probe = {"benchmark": "probe", "model": model, "workers": 2, "rows": [], "best": {"tokens_per_second": 8_000.0}}
-    rows = [{"model": model, "tokens_per_second": 4_000.0}, {"model": model, "tokens_per_second": None}]
-    for record in (probe, {"benchmark": "plan_vs_measured", "rows": rows}):
-        file = tmp_path / "measured.json"
+    setting = {"device_batch_size": 1, "grad_accum_steps": 256, "checkpointing": "none"}
+    row = setting | {"model": asdict(config.model.spec()), "compile": False, "tokens_per_second": 4_000.0}
+    of_two = {"compile": False, "tokens_per_second": 8_000.0}
+    settings = [setting | of_two | other for other in ({"tokens_per_second": 5_000.0}, {}, {"compile": True})]
+    probe: dict[str, Any] = {"hardware": "some CPU", "best": settings[1], "rows": settings}
+    probe |= {"model": row["model"], "workers": 2, "optimizer": "muon"}
+    file, cpu = tmp_path / "measured.json", parse_gpus("cpu")
+    for record in (probe, {"hardware": "some CPU", "rows": [row, row | {"tokens_per_second": None}]}):
         file.write_text(json.dumps(record))
-        numbers = plan.plan(config, parse_gpus("cpu"), calibration=read_calibration(file))
-        assert numbers["checkpointing"] == "none" and numbers["tokens_per_second"] == pytest.approx(4_000)
-    for wrong in ("[]", "{", "{}", '{"rows": []}', json.dumps(probe | {"best": None})):
-        file.write_text(wrong)
+        numbers = plan.plan(config, cpu, calibration=read_calibration([file], cpu))
+        assert numbers["checkpointing"] == "none" and numbers["tokens_per_second"] == pytest.approx(4_000, rel=0.01)
+    engine = tmp_path / "engine.json"
+    engine.write_text(json.dumps({"hardware": "some CPU", "rows": [{"rollout_tokens_per_second": 3_000.0}]}))
+    assert read_calibration([file, engine], cpu).sampled == 3_000.0
+    with pytest.raises(ValueError, match="how fast training is"):
+        read_calibration([engine], cpu)
+    with pytest.raises(ValueError, match="measured on some CPU, which is not 8 x H100-SXM"):
+        read_calibration([file], parse_gpus("8xH100"))
+    no_device = {k: v for k, v in probe.items() if k != "hardware"}
+    endless = {"hardware": "some CPU", "rows": [{"rollout_tokens_per_second": math.inf}]}
+    wrong = (no_device, endless, probe | {"rows": []}, {"hardware": "x", "rows": [row | {"tokens_per_second": -1.0}]})
+    for text in ("[]", "{", "{}", '{"rows": []}', *map(json.dumps, wrong)):
+        file.write_text(text)
         with pytest.raises(ValueError, match=r"--calibrate .*measured\.json: .*fathom probe"):
-            read_calibration(file)
+            read_calibration([file], cpu)
 
 
-def test_between_measured_models_speed_is_interpolated() -> None:
-    points = [Point(1e9, 30.0), Point(1e7, 10.0)]
-    assert [interpolated(points, f) for f in (1e6, 1e7, 1e8, 1e9, 1e10)] == pytest.approx([10, 10, 20, 30, 30])
+def test_a_speed_is_of_models_compiled_alike_where_there_are_any() -> None:
+    spec, cpu = at_depth(4).model.spec(), parse_gpus("cpu")
+    work = Work(1e9, 1e6)
+    points = (Point(work, 2.0, compiled=False), Point(work, 1.0, compiled=True))
+    for compiled, flops in ((False, 5e8), (True, 1e9)):
+        achieved = timing.rate(spec, cpu, "bf16", compiled, calibration=Calibration(points))
+        assert achieved and (achieved.flops, achieved.source) == (pytest.approx(flops), "measured")
+    eager = timing.rate(spec, cpu, "bf16", True, calibration=Calibration(points[:1]))
+    assert eager and eager.source == "measured without torch.compile"
+
+
+def test_mfu_is_that_of_the_model_whatever_is_computed_again() -> None:
+    config = at_depth(20, 8, checkpointing="full", device_batch_size=4)
+    asked = plan.plan(config, parse_gpus("8xH100"), mfu=0.4)
+    assert asked["mfu"] == pytest.approx(0.4)
+    assert plan.plan(config, parse_gpus("8xH100"))["mfu"] == pytest.approx(0.48 / timing.RECOMPUTED["full"], rel=0.01)
+
+
+def test_the_number_of_workers_is_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    one = planned("--depth", "8", "--gpus", "8xH100", "--workers", "1", capsys=capsys)
+    assert one["workers"] == 1 and planned("--depth", "8", "--gpus", "8xH100", capsys=capsys)["workers"] == 8
+
+
+def test_the_dial_replaces_the_shape_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    small = planned("--preset", "llama3-1.5b-optimal", "--depth", "4", capsys=capsys)
+    spec = ModelSpec.from_dial("llama", 4, 128_256, load_config("llama3-1.5b-optimal").model.sequence_len)
+    assert small["parameters"]["total"] == spec.parameters
+
+
+def test_a_preset_brings_its_price(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = planned("--preset", "d20", "--budget-usd", "24", capsys=capsys)
+    price = preset_about("d20").usd_per_gpu_hour
+    assert price and numbers["hours"]["base"] == pytest.approx(24 / (8 * price))
+
+
+def test_characters_are_tokens_where_the_tokenizer_says_so() -> None:
+    def shards(**tokenizer: str) -> int:
+        flags = {"model": {"depth": 12}, "data": {"corpus": "fineweb-edu-100b"}, "tokenizer": tokenizer}
+        return int(plan.plan(load_config(flags=flags | {"base": {"tokens": 10**10}}))["shards"])
+
+    assert shards() == pytest.approx(4.8 * shards(source="chars"), rel=0.05)
+
+
+def test_flops_and_traffic_are_told_apart_where_the_measurements_do() -> None:
+    works = [Work(2e9, 1e6), Work(4e9, 1e6), Work(9e9, 3e6)]
+    true = [Point(w, w.flops / 1e12 + w.traffic / 1e9, compiled=False) for w in works]
+    found = timing.fitted(true, "measured")
+    assert (found.flops, found.bandwidth) == (pytest.approx(1e12), pytest.approx(1e9))
+    one = timing.fitted(true[:1], "measured")
+    assert one.flops == pytest.approx(2e9 / true[0].seconds) and one.bandwidth == math.inf
+
+
+def test_what_a_token_costs_by_hand() -> None:
+    spec = ModelSpec.from_dial("depth", 4, 8_192, 512)
+    layout = Layout(4, 2, 2, "zero1", "full", False)
+    muon = sum(5 * (4 * m * m * n + 2 * m**3) * k for m, n, k in ((256, 256, 16), (256, 1_024, 8)))
+    work = timing.work_of(spec, layout)
+    assert work.flops == pytest.approx(4 / 3 * spec.flops_per_token + muon / 2 / (8 * 512))
+    assert timing.work_of(spec, replace(layout, optimizer="adamw")).flops == pytest.approx(4 / 3 * spec.flops_per_token)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +322,7 @@ def test_between_measured_models_speed_is_interpolated() -> None:
         (("--depth", "4", "--gpus", "H100", "--mfu", "0.4", "--calibrate", "x"), "one of --mfu and --calibrate"),
         (("--hours", "1", "--gpus", "H100", "--set", "model.layers=3"), "--set model.layers"),
         (("--calibrate", "nowhere.json", "--gpus", "cpu"), "--calibrate nowhere.json"),
+        (("--flops", "1e21", "--depth", "4"), "--flops looks for the shape"),
     ],
 )
 def test_nonsense_gets_one_clear_message(

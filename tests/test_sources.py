@@ -291,9 +291,9 @@ def test_the_first_shards_are_taken(tmp_path: Path) -> None:
 
 
 def test_a_run_needs_so_many_shards() -> None:
-    assert shards_needed("fineweb-edu-100b", 20 * 560_988_160) == 216
-    assert shards_needed("fineweb-edu-100b", 1) == 1
-    assert shards_needed("data/*.parquet", 1) is None
+    assert shards_needed("fineweb-edu-100b", 20 * 560_988_160, 4.8) == 216
+    assert shards_needed("fineweb-edu-100b", 1, 4.8) == 1
+    assert shards_needed("data/*.parquet", 1, 4.8) is None
 
 
 def test_novels_are_read(shared_data: Path) -> None:
