@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 from runs import ROOT
 
+from bench import plan_vs_measured
+from cluster.hardware import parse_gpus
 from models.spec import ModelSpec
+from pipeline.timing import read_calibration
 
 SIZE = ["--depth", "1", "--vocab", "512", "--seq", "64", "--device-batch", "4"]
 
@@ -71,3 +74,23 @@ def test_checkpoint_costs_agree_with_themselves(tmp_path: Path) -> None:
 
 def test_kernels_say_how_they_are_run() -> None:
     assert "--out" in bench("kernels", "--help")
+
+
+def test_the_plan_is_compared_with_what_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = (plan_vs_measured.Case(1, 2, calibrates=True), plan_vs_measured.Case(2, 2, "llama", grad_accum_steps=2))
+    monkeypatch.setitem(plan_vs_measured.CASES, "cpu", cases)
+    monkeypatch.setitem(plan_vs_measured.SHAPES, "cpu", (512, 64))
+    file = tmp_path / "new" / "plan.json"
+    monkeypatch.setattr(sys, "argv", ["bench.plan_vs_measured", "--steps", "3", "--out", str(file)])
+    plan_vs_measured.main()
+    given, predicted = json.loads(file.read_text())["rows"]
+    assert given["predicted_tokens_per_second"] == pytest.approx(given["tokens_per_second"])
+    for row in (given, predicted):
+        assert row["memory_error"] == pytest.approx(row["predicted_memory_gb"] / row["memory_gb"] - 1)
+        assert abs(row["memory_error"]) < 0.2, "libraries, mostly"
+    shown = capsys.readouterr().out
+    assert f"{given['memory_gb']:.2f}" in shown and f"{abs(predicted['time_error']):.1%} at most" in shown
+    calibration = read_calibration([file], parse_gpus("cpu"))
+    assert [p.seconds for p in calibration.points] == [1 / row["tokens_per_second"] for row in (given, predicted)]
