@@ -18,7 +18,9 @@ def hardware_name() -> str:
 
 
 def write(name: str, rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Writes {"benchmark", "hardware", "torch", "rows"} as JSON to the file `out`."""
-    record = {"benchmark": name, "hardware": hardware_name(), "torch": torch.__version__, "rows": list(rows)}
+    """Writes {"benchmark", "hardware", "kind", "torch", "rows"} as JSON to the file `out`."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {"hardware": hardware_name(), "kind": kind, "torch": torch.__version__}
+    record = {"benchmark": name, **found, "rows": list(rows)}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n")

@@ -20,7 +20,8 @@ class Hardware:
     """One accelerator as sold.
 
     `bf16_flops` and `fp8_flops` in FLOP/s (None: no fp8 units), `memory_bytes`, `bandwidth` of that memory in bytes/s.
-    Data sheets say GB where drivers count GiB. What a process sees is up to a tenth less: ECC and the driver take it.
+    Data sheets say GB where drivers count GiB. What a process sees is a little less, as the driver takes some; and a
+    sixteenth where `inline_ecc` keeps its codes in the same memory.
     """
 
     name: str
@@ -28,14 +29,19 @@ class Hardware:
     fp8_flops: float | None
     memory_bytes: int
     bandwidth: float
+    inline_ecc: bool = False
+
+    @property
+    def usable_bytes(self) -> int:
+        return self.memory_bytes * 15 // 16 if self.inline_ecc else self.memory_bytes
 
 
 # NVIDIA RTX A6000 data sheet and GA102 white paper, appendix C. The sheet's 309.7 is with sparsity.
 A6000 = Hardware("A6000", 154.8e12, None, 48 * GIB, 768e9)
 # NVIDIA L4 data sheet: it prints 242 and 485 with sparsity only, halved here.
-L4 = Hardware("L4", 121e12, 242.5e12, 24 * GIB, 300e9)
+L4 = Hardware("L4", 121e12, 242.5e12, 24 * GIB, 300e9, inline_ecc=True)
 # NVIDIA L40S data sheet: prints dense | sparse. The 733 often quoted for bf16 is sparse; for fp8, 733 is dense.
-L40S = Hardware("L40S", 362.05e12, 733e12, 48 * GIB, 864e9)
+L40S = Hardware("L40S", 362.05e12, 733e12, 48 * GIB, 864e9, inline_ecc=True)
 # NVIDIA GA102 white paper, appendix A. 142 is with fp16 accumulation or with sparsity, 285 with both.
 RTX_3090 = Hardware("RTX3090", 71e12, None, 24 * GIB, 936e9)
 # NVIDIA Ada white paper, appendix A. 330 (bf16) and 660 (fp8) are fp16-accumulate or sparse; 1321 is both.
@@ -161,7 +167,7 @@ def parse_gpus(text: str) -> Gpus:
         hardware = parse(found[2])
     except ValueError as error:
         raise ValueError(f"--gpus {text!r}: {error}, and cpu") from error
-    return Gpus(count, hardware, int(float(given) * 1e9) if given else hardware.memory_bytes)
+    return Gpus(count, hardware, int(float(given) * 1e9) if given else hardware.usable_bytes)
 
 
 def machine_memory() -> int:

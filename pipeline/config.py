@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -102,6 +103,25 @@ def stage_names(config: Config) -> list[str]:
     for stage in ("base", "mid", "sft", *(["rl"] if config.with_rl else [])):
         names += [stage] if stage != "base" and config.data.gsm8k == NONE else [stage, f"evaluate_{stage}"]
     return names
+
+
+def select(
+    names: Sequence[str], only: str | None, first: str | None, last: str | None, force: Sequence[str]
+) -> list[str]:
+    """The stages asked for by --only, --from and --until; raises ConfigError for a name that is not among `names`."""
+    for flag, value in [("--only", only), ("--from", first), ("--until", last), *(("--force", f) for f in force)]:
+        if value is not None and value not in names:
+            raise ConfigError(f"{flag} {value}: this run has no such stage; it has {', '.join(names)}")
+    start = names.index(first) if first else 0
+    stop = names.index(last) + 1 if last else len(names)
+    if start >= stop:
+        raise ConfigError(f"--from {first} comes after --until {last}: nothing is left to run")
+    selected = [only] if only else list(names[start:stop])
+    if left_out := [f for f in force if f not in selected]:
+        raise ConfigError(
+            f"--force {left_out[0]} would remove it, but it is not among the stages asked for to run again"
+        )
+    return selected
 
 
 def identity_of(stage: str, config: Config) -> dict[str, Any]:
@@ -349,6 +369,13 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gsm8k", help="folder with train.jsonl and test.jsonl, hub:openai/gsm8k, synthetic, or none")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key; repeatable")
+
+
+def add_stage_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose stages, for `select`."""
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="start at this stage; earlier ones must be done")
+    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    parser.add_argument("--only", metavar="STAGE", help="run just this stage")
 
 
 def config_from_args(args: argparse.Namespace) -> Config:

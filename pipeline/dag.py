@@ -63,25 +63,6 @@ def upstream_digests(store: RunStore, name: str) -> dict[str, str] | None:
     return digests
 
 
-def select(
-    names: Sequence[str], only: str | None, first: str | None, last: str | None, force: Sequence[str]
-) -> list[str]:
-    """The stages asked for by --only, --from and --until; raises StageError for a name that is not among `names`."""
-    for flag, value in [("--only", only), ("--from", first), ("--until", last), *(("--force", f) for f in force)]:
-        if value is not None and value not in names:
-            raise StageError(f"{flag} {value}: this run has no such stage; it has {', '.join(names)}")
-    start = names.index(first) if first else 0
-    stop = names.index(last) + 1 if last else len(names)
-    if start >= stop:
-        raise StageError(f"--from {first} comes after --until {last}: nothing is left to run")
-    selected = [only] if only else list(names[start:stop])
-    if left_out := [f for f in force if f not in selected]:
-        raise StageError(
-            f"--force {left_out[0]} would remove it, but it is not among the stages asked for to run again"
-        )
-    return selected
-
-
 def plan(
     store: RunStore, config: Config, names: Sequence[str], selected: Sequence[str], force: Sequence[str]
 ) -> list[Planned]:

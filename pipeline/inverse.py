@@ -150,6 +150,8 @@ def shapes_for(flops: float, family: str, law: str = "hoffmann") -> list[dict[st
         for width in range(128, 16_385, 128):
             if ASPECTS[0] <= width / layers <= ASPECTS[1]:
                 spec = _shape(family, layers, width)
+                if spec is None:
+                    continue
                 tokens = flops / spec.flops_per_token
                 found.append(
                     {
@@ -167,11 +169,11 @@ def shapes_for(flops: float, family: str, law: str = "hoffmann") -> list[dict[st
     return sorted(found, key=lambda row: float(row["expected_loss"]))[:LISTED]
 
 
-def _shape(family: str, layers: int, width: int) -> ModelSpec:
+def _shape(family: str, layers: int, width: int) -> ModelSpec | None:
+    """None where the family's groups of heads do not divide."""
     kind, vocab_size, sequence_len, group = KINDS[family]
     spec = ModelSpec.from_dial(kind, 1, vocab_size, sequence_len, width)
-    kv_heads = spec.heads // group if spec.heads % group == 0 else spec.heads
-    return replace(spec, layers=layers, kv_heads=kv_heads)
+    return replace(spec, layers=layers, kv_heads=spec.heads // group) if spec.heads % group == 0 else None
 
 
 def shapes_table(rows: list[dict[str, Any]], flops: float) -> str:

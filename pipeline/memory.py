@@ -1,7 +1,7 @@
 """Memory of one device while it trains, part by part, at the moment when most of it is in use. Imports no torch.
 
-Two moments compete: the loss has just been computed and every activation waits for the backward pass; or the backward
-pass has ended and the optimizer works on all gradients. What is counted is what the engine keeps:
+Three moments compete: the loss has just been computed and every activation waits for the backward pass; that pass has
+come to the first block and has all gradients; or the optimizer works on them. What is counted is what the engine keeps:
 
     weights      fp32 masters, and the copies products run in: bf16 copies that autograd keeps from the forward pass, or
                  under fsdp the gathered embedding, head and two blocks
@@ -57,7 +57,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device at the peak, which is in the "backward" pass or the "optimizer" step."""
+    """Bytes of one device at the peak, which is in the "backward" pass or in the "optimizer"."""
 
     weights: float
     gradients: float
@@ -73,9 +73,8 @@ class Memory:
 
 
 def memory(spec: ModelSpec, layout: Layout) -> Memory:
-    """The larger of the two moments."""
-    backward, step = _backward(spec, layout), _step(spec, layout)
-    return max(backward, step, key=lambda m: m.total)
+    """The largest of the moments."""
+    return max(_backward(spec, layout), _end(spec, layout), _step(spec, layout), key=lambda m: m.total)
 
 
 def _backward(spec: ModelSpec, layout: Layout) -> Memory:
@@ -86,13 +85,6 @@ def _backward(spec: ModelSpec, layout: Layout) -> Memory:
     tokens = layout.device_batch_size * spec.sequence_len
     head = spec.padded_vocab * spec.width
     block = spec.matrix_parameters / spec.layers
-
-    weights = _masters(spec, layout)
-    if sharded:
-        weights += element * ((1 if spec.tied else 2) * head + 2 * block)
-    elif element == 2:
-        # compiled, a block that is computed again casts its weights again; eager, autocast remembers its casts
-        weights += 2 * (block if layout.compiled and layout.checkpointing != "none" else spec.matrix_parameters)
 
     # CUDA graphs write to the same gradients step after step
     gradients = 4.0 * (spec.padded_parameters if accumulates or layout.cuda_graphs else head)
@@ -107,12 +99,41 @@ def _backward(spec: ModelSpec, layout: Layout) -> Memory:
 
     kept = spec.activation_bytes(layout.checkpointing, layout.compiled, element)
     around = (2 * 4 + 2 * element) * spec.width + 16  # embedding, last norm and its gradient; ids and targets
-    working = element * (6 * spec.width + 2 * spec.ffn_width)  # gradients within a block
-    if layout.checkpointing != "none":
-        working += spec.activation_bytes("none", layout.compiled, element) - kept
     activations: float = tokens * (spec.layers * kept + around)
-    activations += max(0.0, tokens * working + 4 * block - logits)  # the logits are gone by then
-    return _with_overhead(layout, weights, gradients, _state(spec, layout), activations, logits, "backward")
+    activations += max(0.0, _working(spec, layout) + 4 * block - logits)  # the logits are gone by then
+    weights, state = _weights(spec, layout), _state(spec, layout)
+    return _with_overhead(layout, weights, gradients, state, activations, logits, "backward")
+
+
+def _end(spec: ModelSpec, layout: Layout) -> Memory:
+    """When the first block is computed backwards, and all gradients but its own are there."""
+    gradients = 4.0 * spec.padded_parameters / (layout.world if layout.parallel == "fsdp" else 1)
+    activations = _working(spec, layout)
+    return _with_overhead(layout, _weights(spec, layout), gradients, _state(spec, layout), activations, 0.0, "backward")
+
+
+def _weights(spec: ModelSpec, layout: Layout) -> float:
+    """The masters, and what products run in."""
+    element = 4 if layout.precision == "fp32" else 2
+    block = spec.matrix_parameters / spec.layers
+    if layout.parallel == "fsdp" and layout.world > 1:
+        gathered = (1 if spec.tied else 2) * spec.padded_vocab * spec.width + 2 * block
+        return _masters(spec, layout) + element * gathered
+    if element == 4:
+        return _masters(spec, layout)
+    # compiled, a block that is computed again casts its weights again; eager, autocast remembers its casts
+    again = layout.compiled and layout.checkpointing != "none"
+    return _masters(spec, layout) + 2 * (block if again else spec.matrix_parameters)
+
+
+def _working(spec: ModelSpec, layout: Layout) -> float:
+    """What the block being computed backwards needs beside what it kept: gradients, and what it computes again."""
+    element = 4 if layout.precision == "fp32" else 2
+    working: float = element * (6 * spec.width + 2 * spec.ffn_width)
+    if layout.checkpointing != "none":
+        working += spec.activation_bytes("none", layout.compiled, element)
+        working -= spec.activation_bytes(layout.checkpointing, layout.compiled, element)
+    return layout.device_batch_size * spec.sequence_len * working
 
 
 def _step(spec: ModelSpec, layout: Layout) -> Memory:

@@ -17,11 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from cluster.hardware import Gpus, cpu_computes_bf16, parse_gpus
-from corpus.sources import CORPORA, shards_needed
+from corpus.sources import CORPORA, SYNTHETIC, shards_needed
 from models.spec import ModelSpec
-from pipeline.config import PRESETS, Config, ConfigError, add_config_flags, config_from_args, preset_about
+from pipeline.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    add_config_flags,
+    add_stage_flags,
+    config_from_args,
+    load_config,
+    preset_about,
+    select,
+    stage_names,
+)
 from pipeline.memory import GB, Layout, Memory, memory
-from pipeline.scaling import characters_per_token, grad_accum_steps, rows_per_rank
+from pipeline.scaling import characters_per_token, grad_accum_steps, rows_per_rank, spare_shards
 from pipeline.timing import (
     RECOMPUTED,
     SECONDS,
@@ -88,8 +99,14 @@ def plan(
     world = config.workers[1]
     if gpus and gpus.hardware and world > gpus.count:
         raise ConfigError(f"--workers {world}, one a device, but --gpus has {gpus.count}: give --workers {gpus.count}")
+    if gpus and gpus.hardware and world < gpus.count and base.budget_usd is not None:
+        raise ConfigError(
+            f"a budget buys all {gpus.count} GPUs, and --workers {world} use fewer: plan those that train"
+        )
     layout, used, why = _layout(config, spec, gpus, world, fixed)
-    warnings = list(preset_about(config.preset).corrections) if config.preset else []
+    warnings = []
+    if config.preset and spec == load_config(config.preset).model.spec():
+        warnings += preset_about(config.preset).corrections
 
     achieved = rate(spec, gpus, base.precision, layout.compiled, mfu, calibration) if gpus else None
     speed = achieved.tokens_per_second(spec, layout) if achieved else None
@@ -101,7 +118,7 @@ def plan(
     fits = used.total <= available if available is not None else None
     if fits is False:
         warnings.append(_too_small(spec, layout, used, available or 0.0, gpus))
-    settings = _to_set(config, layout)
+    settings, memory_stage = _to_set(config, layout), "base"
     speeds = {}
     for stage in [s for s in ("mid", "sft") if getattr(config.data, s)]:
         tuned, need, changes = _tuned(config, stage, spec, layout, available, fixed)
@@ -109,11 +126,18 @@ def plan(
         if available is not None and need.total > available:
             fits = False
             warnings.append(_too_small(spec, tuned, need, available, gpus, f" in {stage}"))
-        used = max(used, need, key=lambda m: m.total)
+        if need.total > used.total:
+            used, memory_stage = need, stage
         speeds[stage] = achieved.tokens_per_second(spec, tuned) if achieved else None
     hours = _hours(config, spec, gpus, layout, achieved, speeds, base_seconds, calibration, warnings)
     total_hours = hours["total"]
+    if fits and available is not None and used.total > ROOM * available:
+        warnings.append(
+            f"{memory_stage} needs {used.total / available:.0%} of the memory, which is within the plan's own error"
+        )
     warnings += _notes(config, spec, gpus, layout, achieved, tokens, available)
+    if enough := _enough_shards(config, tokens):
+        settings.append(f"data.shards={enough}")
     for flag, limit, needed in (
         ("--hours", base.hours, total_hours),
         ("--budget-usd", base.budget_usd, total_hours * devices * price if total_hours and price else None),
@@ -145,6 +169,7 @@ def plan(
         "total_flops": spec.flops_per_token * tokens if tokens else None,
         "memory_gb": {k: v / GB for k, v in asdict(used).items() if k != "peak"}
         | {"total": used.total / GB, "available": available / GB if available is not None else None},
+        "memory_stage": memory_stage,
         "memory_peak": used.peak,
         "fits": fits,
         "mfu": peak and speed and speed * spec.flops_per_token / (peak * world),
@@ -158,7 +183,8 @@ def plan(
         "epochs": shards / CORPORA[config.data.corpus].shards if shards else None,
         "ingest_core_hours": _characters(config, tokens) / INGEST_CHARACTERS / SECONDS if tokens else None,
         "disk_gb": _disk(config, spec, tokens),
-        "expected_loss": expected_loss(spec.parameters, tokens, law) if tokens else None,
+        "expected_loss": _expected(config, spec, tokens, law),
+        "law": law,
         "warnings": warnings,
     }
     return numbers
@@ -318,7 +344,8 @@ def _too_small(
     return (
         f"does not fit{stage}: {spec.parameters:,} parameters with device_batch_size {layout.device_batch_size}, "
         f"{layout.parallel} and checkpointing {layout.checkpointing} need {used.total / GB:,.1f} GB on {where}, which "
-        f"has {available / GB:,.1f}: take more or larger GPUs, or a smaller --depth"
+        f"has {available / GB:,.1f}: take more or larger GPUs, a smaller --depth, or "
+        "settings that save memory"
     )
 
 
@@ -458,6 +485,24 @@ def _shards(config: Config, tokens: int | None) -> int | None:
     return shards_needed(config.data.corpus, tokens, per_token) if tokens else None
 
 
+def _enough_shards(config: Config, tokens: int | None) -> int | None:
+    """Shards for --set where the configuration had to guess them, since time decides on the tokens; else None."""
+    named, target = CORPORA.get(config.data.corpus), config.base.target_ratio * config.model.spec().parameters
+    if named is None or tokens is None or base_hours(config.base, config.workers[0]) is None:
+        return None
+    guess, enough = (spare_shards(config.data.corpus, n, config.tokenizer.source) for n in (int(target), tokens))
+    return enough if config.data.shards == guess != enough else None
+
+
+def _expected(config: Config, spec: ModelSpec, tokens: int | None, law: str) -> float | None:
+    """The expected loss of text; None for synthetic text and single characters, which the laws know nothing of, and
+    for a model so small that knowing nothing would be better."""
+    if not tokens or config.data.corpus == SYNTHETIC or config.tokenizer.source == "chars":
+        return None
+    loss = expected_loss(spec.parameters, tokens, law)
+    return loss if loss < math.log(spec.vocab_size) else None
+
+
 def _characters(config: Config, tokens: int) -> float:
     """Characters of the corpus that ingest reads."""
     named = CORPORA.get(config.data.corpus)
@@ -503,12 +548,14 @@ def _notes(
             f"{shards / named.shards:.2f} epochs; one is {there / GB:,.1f} B tokens, "
             f"{math.floor(10 * there / spec.parameters) / 10:g} a parameter (base.target_ratio)"
         )
-    if named and shards and config.data.shards and config.data.shards < min(shards, named.shards):
-        yield f"data.shards = {config.data.shards:,} of {shards:,}: {shards / config.data.shards:.2f} epochs"
+    given = config.data.shards if _enough_shards(config, tokens) is None else None
+    if named and shards and given and given < min(shards, named.shards):
+        yield f"data.shards = {given:,} of {shards:,}: {shards / given:.2f} epochs"
     if gpus is None:
         return
-    if gpus.hardware is None and achieved is None:
-        yield "a CPU's speed is not known: measure it with `fathom probe --json FILE` and add --calibrate FILE"
+    if achieved is None:
+        what = f"the speed of {gpus.name} in fp32" if gpus.hardware else "a CPU's speed"
+        yield f"{what} is not known: measure it with `fathom probe --json FILE` and add --calibrate FILE"
     elif achieved and achieved.source.startswith("assumed"):
         yield f"the speed is {achieved.source}; `fathom probe` measures it"
     if gpus.hardware and layout.precision == "fp8" and gpus.hardware.fp8_flops is None:
@@ -534,16 +581,16 @@ def overview(numbers: dict[str, Any]) -> str:
     steps = f"{n['steps']:,} of" if n["steps"] else "of"
     total_flops = f", {n['total_flops']:.3g} in all" if n["total_flops"] else ""
     there = "" if n["fits"] is None else f" of {m['available']:,.1f}: {'fits' if n['fits'] else 'DOES NOT FIT'}"
-    when = "when the backward pass begins" if n["memory_peak"] == "backward" else "when the optimizer begins"
+    when = "in the backward pass" if n["memory_peak"] == "backward" else "in the optimizer's step"
     share = f", MFU {n['mfu']:.0%}" if n["mfu"] else ""
     hours = {k: _short(h) for k, h in n["hours"].items() if h is not None}
-    rl = n["rl"]
+    rl, missing = n["rl"], "a speed" if n["gpus"] else "--gpus"
     groups: dict[str, dict[str, str | None]] = {
         f"model {n['name']}": {
             "parameters": f"{parameters['total']:,}",
             "of these": f"{parameters['matrices']:,} in matrices, {parameters['embedding']:,} in embedding and head",
             "FLOPs": f"{n['flops_per_token']:,} a token{total_flops}",
-            "expected loss": n["expected_loss"] and f"{n['expected_loss']:.3f}",
+            "expected loss": n["expected_loss"] and f"{n['expected_loss']:.3f} nats a token, by {n['law']}'s law",
         },
         "training": {
             "tokens": n["tokens"] and f"{n['tokens']:,}",
@@ -557,11 +604,11 @@ def overview(numbers: dict[str, Any]) -> str:
         "memory of a device, GB": {
             "total": f"{m['total']:,.1f}{there}",
             "of these": ", ".join(f"{k} {_short(v)}" for k, v in m.items() if k not in ("total", "available")),
-            "most is used": f"{when}, of base, mid and sft; RL is not counted",
+            "most is used": f"in {n['memory_stage']}, {when}",
         },
         "time and money": {
             "speed": n["tokens_per_second"] and f"{n['tokens_per_second']:,.0f} tokens/s{share}: {n['mfu_source']}",
-            "hours": ", ".join(f"{k} {h}" for k, h in hours.items()) or "not known without --gpus and a speed",
+            "hours": ", ".join(f"{k} {h}" for k, h in hours.items()) or f"not known without {missing}",
             "step of RL": rl and ", ".join(f"{k} {rl[k + '_seconds']:.1f} s" for k in ("rollout", "learner", "sync")),
             "hours of RL": rl and f"{_short(rl['hours'])} for {rl['steps']:,} steps; with " + ", ".join(
                 f"{change} {_short(h)}" for change, h in rl["hours_with"].items()
@@ -595,22 +642,30 @@ def outlook(config: Config, stages: Collection[str]) -> str:
     """The overview for the stages still to do, on the devices of the preset where it names some."""
     about = preset_about(config.preset) if config.preset else None
     price = about.usd_per_gpu_hour if about else None
-    numbers = plan(config, default_gpus(config), price, fixed=CHOSEN)  # nothing is left to choose
+    return overview(_of_stages(plan(config, default_gpus(config), price, fixed=CHOSEN), stages))  # nothing to choose
+
+
+def _of_stages(numbers: dict[str, Any], stages: Collection[str]) -> dict[str, Any]:
+    """The plan with hours and cost of these stages alone."""
     wanted = {name.partition("_")[0] for name in stages}
     hours = {k: h for k, h in numbers["hours"].items() if k in wanted}
     known = [h for h in hours.values() if h is not None]
     whole = numbers["hours"]["total"]
     total = sum(known) if whole is not None else None
-    if total is not None and numbers["cost_usd"] is not None:
+    if total is not None and whole and numbers["cost_usd"] is not None:
         numbers["cost_usd"] *= total / whole
-    return overview(numbers | {"hours": hours | {"total": total}})
+    return numbers | {"hours": hours | {"total": total}}
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", help="COUNTxNAME such as 8xH100, 1xA100-40, 8xB200:187.5GB, or cpu (default: the preset's)"
     )
-    parser.add_argument("--usd-per-gpu-hour", type=float, help="price of one device an hour")
+    parser.add_argument("--usd-per-gpu-hour", type=float, help="price of one device an hour (default: the preset's)")
+    parser.add_argument(
+        "--hours", type=float, help="without --depth: the deepest model for a whole run of this; with it, base's hours"
+    )
+    parser.add_argument("--budget-usd", type=float, help="the same for these dollars, with --usd-per-gpu-hour")
     parser.add_argument("--mfu", type=float, help="share of the dense bf16 peak achieved, such as 0.48")
     parser.add_argument(
         "--calibrate", type=Path, metavar="FILE", action="append", help="take the speed from measurements; repeatable"
@@ -622,11 +677,13 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
 
 def plan_from_args(args: argparse.Namespace) -> dict[str, Any]:
     """The plan of a parsed command line; raises ConfigError."""
-    gpus = parse_gpus(args.gpus) if args.gpus else None
+    gpus = parse_gpus(args.gpus) if args.gpus is not None else None
     if gpus and gpus.hardware and args.workers is None:
         args.workers = str(gpus.count)
     price = args.usd_per_gpu_hour
-    if price is None and args.preset and not args.gpus:
+    if None not in (price, args.usd_per_worker_hour) and price != args.usd_per_worker_hour:
+        raise ConfigError("--usd-per-gpu-hour and --usd-per-worker-hour are the same price: give one of them")
+    if price is None and args.preset and gpus is None:
         price = preset_about(args.preset).usd_per_gpu_hour
     if args.usd_per_worker_hour is None:
         args.usd_per_worker_hour = price
@@ -639,7 +696,9 @@ def plan_from_args(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--mfu and --calibrate are of devices: add --gpus, such as 8xH100")
     calibration = read_calibration(args.calibrate, gpus) if args.calibrate and gpus else None
     fixed = {text.partition("=")[0].strip().removeprefix("base.") for text in args.set if text.startswith("base.")}
-    return plan(config, gpus, price, args.mfu, calibration, args.law, fixed)
+    numbers = plan(config, gpus, price, args.mfu, calibration, args.law, fixed)
+    chosen = select(stage_names(config), args.only, args.first, args.until, ())
+    return numbers if chosen == stage_names(config) else _of_stages(numbers, chosen)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -648,12 +707,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fathom plan", description=__doc__, conflict_handler="resolve")
     add_config_flags(parser)
     parser.add_argument("--family", choices=inverse.FAMILIES, help="architecture (llama2 and llama3: with --flops)")
+    add_stage_flags(parser)
     add_plan_flags(parser)
     args = parser.parse_args(argv)
     try:
         if args.flops is not None:
-            if args.depth is not None or args.preset is not None:
-                raise ConfigError("--flops looks for the shape: give it without --depth and --preset")
+            used = {"flops", "family", "law", "json"}
+            if others := [k for k, v in vars(args).items() if k not in used and v != parser.get_default(k)]:
+                flag = {"first": "from"}.get(others[0], others[0]).replace("_", "-")
+                raise ConfigError(f"--flops looks for shapes, whatever the hardware: give it without --{flag}")
             rows = inverse.shapes_for(args.flops, args.family or "depth", args.law)
             print(json.dumps({"shapes": rows}, indent=1) if args.json else inverse.shapes_table(rows, args.flops))
             return 0

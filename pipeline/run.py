@@ -20,8 +20,16 @@ from rich.console import Console
 from cluster.resources import resources
 from cluster.runtime import connect
 from pipeline.artifacts import Claim, RunStore
-from pipeline.config import Config, add_config_flags, config_from_args, load_config, stage_names
-from pipeline.dag import TRAINING, Planned, StageError, plan, reuse, select, submit
+from pipeline.config import (
+    Config,
+    add_config_flags,
+    add_stage_flags,
+    config_from_args,
+    load_config,
+    select,
+    stage_names,
+)
+from pipeline.dag import TRAINING, Planned, StageError, plan, reuse, submit
 from pipeline.plan import outlook
 from pipeline.status import run_states
 from pipeline.tracking import LiveView, final_table, plan_table
@@ -34,9 +42,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM'
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fathom run", description=__doc__)
     add_config_flags(parser)
-    parser.add_argument("--from", dest="first", metavar="STAGE", help="start at this stage; earlier ones must be done")
-    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
-    parser.add_argument("--only", metavar="STAGE", help="run just this stage")
+    add_stage_flags(parser)
     parser.add_argument("--force", metavar="STAGE", action="append", default=[], help="make a stage again; repeatable")
     parser.add_argument("--reuse-from", metavar="RUN", help="take what this run would make the same from another run")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, and stop")

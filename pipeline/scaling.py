@@ -25,6 +25,12 @@ def characters_per_token(tokenizer: str) -> float:
     return 1.0 if tokenizer == "chars" else CHARACTERS_PER_TOKEN
 
 
+def spare_shards(corpus: str, tokens: int, tokenizer: str) -> int:
+    """Shards of a named corpus to read for so many tokens: some more than hold them, as far as there are any."""
+    needed = shards_needed(corpus, tokens, characters_per_token(tokenizer)) or 1
+    return min(math.ceil(SPARE_SHARDS * needed), CORPORA[corpus].shards)
+
+
 def base_tokens(parameters: int, target_ratio: float) -> int:
     """Tokens to pretrain on, before whole steps are taken of them."""
     return int(target_ratio * parameters)
@@ -74,7 +80,8 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     for stage, tokens in TOTAL_BATCH_SIZE.items():
         train = dict(config[stage])
         if train["total_batch_size"] is None:
-            train["total_batch_size"] = max(1, tokens // length) * length
+            unit = length * (most if fewest == most else 1)
+            train["total_batch_size"] = max(1, tokens // unit) * unit
         train["schedule"] = train["schedule"] or ("wsd" if shape.family == "depth" else "cosine")
         rows = rows_per_rank(train["total_batch_size"], length, most if fewest == most else 1, stage)
         if "device_batch_size" not in given.get(stage, {}):
@@ -93,7 +100,5 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if data["shards"] is None and data["corpus"] in CORPORA:
         target = base_tokens(parameters, base["target_ratio"])  # a guess where time decides
         tokens = base["steps"] * base["total_batch_size"] if base["steps"] is not None else target
-        needed = shards_needed(data["corpus"], tokens, characters_per_token(config["tokenizer"]["source"]))
-        enough = math.ceil(SPARE_SHARDS * (needed or 1))
-        filled["data"] = data | {"shards": min(enough, CORPORA[data["corpus"]].shards)}
+        filled["data"] = data | {"shards": spare_shards(data["corpus"], tokens, config["tokenizer"]["source"])}
     return filled

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,20 @@ from stages.config import TrainConfig
 
 SECONDS = 3600.0
 
-# Share of the dense bf16 peak that training achieves, by parameters: the last entry not above the model's size.
+# Share of the dense bf16 peak that training achieves, by parameters, and whose figure it is on which hardware. Between
+# two sizes it is linear in the logarithm of the parameters.
+SMALL = "assumed, as no figure is published: kernels of so small a model do not fill the device"
 DATA_CENTRE = (
-    (0.0, 0.30, "assumed, as no figure is published: kernels of so small a model do not fill the device"),
-    (200e6, 0.48, "47-49% of nanochat d20 on 8 x H100"),
-    (4e9, 0.39, "torchtitan's Llama-3.1-8B, FSDP and compiled, 6,667 tokens/s a H100"),
+    (50e6, 0.30, "", SMALL),
+    (561e6, 0.48, "H100-SXM", "47-49% of nanochat d20 on 8 x H100"),
+    (8e9, 0.39, "H100-SXM", "torchtitan's Llama-3.1-8B, FSDP and compiled, 6,667 tokens/s a H100"),
 )
 OTHERS = (
-    (0.0, 0.20, "assumed, as no figure is published: kernels of so small a model do not fill the device"),
-    (200e6, 0.30, "28-31% of 1.3-1.8 B models on 2 x A6000 with ZeRO-1"),
+    (50e6, 0.20, "", SMALL),
+    (1.3e9, 0.30, "A6000", "28-31% of 1.3-1.8 B models on 2 x A6000 with ZeRO-1"),
 )
-FP8 = (1.0e9, 0.59, "nanochat d24 in fp8 on 8 x H100, 983 k tokens/s, against the bf16 peak")
+FP8 = (800e6, 0.59, "H100-SXM", "nanochat d24 in fp8 on 8 x H100, 983 k tokens/s, against the bf16 peak")
+NEAR = 1.6  # times as many parameters or fewer: still the size that a figure is of
 IS_DATA_CENTRE = ("A100", "H100", "H200", "B200", "MI300")
 
 # FLOPs that are done, of those a model counts. Full checkpointing is one more forward pass, a third; selective computes
@@ -108,14 +112,24 @@ def muon_flops(spec: ModelSpec) -> float:
 
 
 def default_mfu(hardware: Hardware, parameters: int, precision: str) -> tuple[float, str]:
-    """Share of the bf16 peak, and whose figure it is."""
+    """Share of the bf16 peak, and whose figure it is; "assumed" where that is of another size or other hardware."""
+    table: Sequence[tuple[float, float, str, str]] = DATA_CENTRE if hardware.name.startswith(IS_DATA_CENTRE) else OTHERS
     if precision == "fp8" and hardware.fp8_flops is not None and parameters >= FP8[0]:
-        return FP8[1:]
-    table = DATA_CENTRE if hardware.name.startswith(IS_DATA_CENTRE) else OTHERS
-    share, source = next((mfu, source) for least, mfu, source in reversed(table) if parameters >= least)
-    if not source.startswith("assumed") and hardware.name not in source.replace(",", "").split():
-        source = f"assumed from {source}"  # measured on other hardware
-    return share, source
+        table = (FP8,)
+    nearest = min(table, key=lambda row: abs(math.log(parameters / row[0])))
+    _, _, measured_on, source = nearest
+    place = math.log(max(parameters, 1))
+    share = on_lines(place, [(math.log(row[0]), row[1]) for row in table])
+    known = hardware.name == measured_on and 1 / NEAR <= parameters / nearest[0] <= NEAR
+    return share, source if known or source is SMALL else f"assumed from {source}"
+
+
+def on_lines(x: float, points: Sequence[tuple[float, float]]) -> float:
+    """y at x on the lines between the points, which are in order; beyond them the nearest's."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x < x1:
+            return y0 + (y1 - y0) * max(0.0, x - x0) / (x1 - x0)
+    return points[-1][1]
 
 
 def rate(
@@ -126,7 +140,8 @@ def rate(
     mfu: float | None = None,
     calibration: Calibration | None = None,
 ) -> Rate | None:
-    """What a device achieves: as measured, else at `mfu`, else at the usual one; None for a CPU nobody measured."""
+    """What a device achieves: as measured, else at `mfu`, else at the usual one; None for a CPU nobody measured, and
+    for fp32."""
     if calibration:
         alike = [p for p in calibration.points if p.compiled == compiled]
         source = "measured" if alike else f"measured {'without' if compiled else 'with'} torch.compile"
@@ -135,6 +150,8 @@ def rate(
         return None
     if mfu is not None:
         return Rate(mfu * gpus.hardware.bf16_flops, "--mfu", of_model=True)
+    if precision == "fp32":  # outside the tensor cores, whose peak is in the table
+        return None
     share, source = default_mfu(gpus.hardware, spec.parameters, precision)
     return Rate(share * gpus.hardware.bf16_flops, source)
 
@@ -156,7 +173,7 @@ def fitted(points: Sequence[Point], source: str) -> Rate:
 def read_calibration(paths: Sequence[Path], gpus: Gpus) -> Calibration:
     """Measurements on such devices as `gpus`, from files that `fathom probe --json FILE` or `bench/` wrote.
 
-    A file holds "hardware", the device's name, and "rows", each with "model" (fields of ModelSpec),
+    A file holds "hardware", the device's name, "kind" (cuda or cpu), and "rows", each with "model" (of ModelSpec),
     "tokens_per_second", "device_batch_size", "grad_accum_steps", "checkpointing", "compile", and where they are not 1,
     ddp and muon "workers", "parallel" and "optimizer"; in a probe's file what all rows share is beside them. Rows
     without a speed do not count. A row may have "rollout_tokens_per_second" instead, what one engine samples on one
@@ -179,11 +196,11 @@ def read_calibration(paths: Sequence[Path], gpus: Gpus) -> Calibration:
                 raise ValueError("no measurement in it")
             if not all(0 < r < math.inf for r in rollouts):
                 raise ValueError(f"{rollouts[-1]} tokens a second is no measurement")
-            measured_on = record["hardware"]
+            measured_on, kind = record["hardware"], record["kind"]
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             why = error if isinstance(error, OSError | ValueError) else "no measurement in it"
             raise ValueError(f"--calibrate {path}: {why}; it takes what `fathom probe --json FILE` writes") from error
-        if find(measured_on) != gpus.hardware:
+        if (find(measured_on), kind) != (gpus.hardware, "cuda" if gpus.hardware else "cpu"):
             raise ValueError(f"--calibrate {path}: measured on {measured_on}, which is not {gpus.name}: measure there")
         points += found
         sampled = rollouts[-1] if rollouts else sampled

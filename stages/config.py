@@ -21,7 +21,7 @@ def environment(default: Any, description: str, **limits: Any) -> Any:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def identity(self) -> dict[str, Any]:
         """The fields that define the artifact, as plain JSON values."""
@@ -203,15 +203,16 @@ BUDGETS = ("steps", "tokens", "hours", "budget_usd")
 class BaseConfig(TrainConfig):
     """One of BUDGETS, else target_ratio, says how long base trains."""
 
-    target_ratio: float = Field(20.0, gt=0, description="tokens a parameter")
+    target_ratio: float = Field(20.0, gt=0, le=1e6, description="tokens a parameter")
     tokens: int | None = Field(None, ge=1, description="tokens to train on")
     hours: float | None = Field(
         None,
         gt=0,
+        le=1e6,
         description="hours to train, compilation and validation on the way included; the decay ends with them",
     )
     budget_usd: float | None = Field(
-        None, gt=0, description="dollars for the stage, made into hours by usd_per_worker_hour"
+        None, gt=0, le=1e12, description="dollars for the stage, made into hours by usd_per_worker_hour"
     )
     usd_per_worker_hour: float | None = Field(None, gt=0, description="price of one device an hour")
 

@@ -9,8 +9,8 @@ from test_artifacts import finish
 
 from cluster import manifest as manifests
 from pipeline.artifacts import RunStore
-from pipeline.config import Config, identity_of, load_config, stage_names
-from pipeline.dag import StageError, plan, reuse, select, upstream_digests
+from pipeline.config import Config, ConfigError, identity_of, load_config, select, stage_names
+from pipeline.dag import StageError, plan, reuse, upstream_digests
 
 
 @pytest.fixture
@@ -87,11 +87,11 @@ def test_stages_are_chosen_by_name(store: RunStore, config: Config) -> None:
     assert {n for n, a in actions(store, config, first="mid", last="sft").items() if a == "run"} == {"mid", "sft"}
     with pytest.raises(StageError, match="sft reads mid, which is not made yet"):
         actions(store, config, only="sft")
-    with pytest.raises(StageError, match="no such stage"):
+    with pytest.raises(ConfigError, match="no such stage"):
         actions(store, config, only="pretrain")
-    with pytest.raises(StageError, match="nothing is left"):
+    with pytest.raises(ConfigError, match="nothing is left"):
         actions(store, config, first="sft", last="mid")
-    with pytest.raises(StageError, match="--force rl"):
+    with pytest.raises(ConfigError, match="--force rl"):
         actions(store, config, force=("rl",), only="base")
 
 

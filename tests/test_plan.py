@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def test_flops_find_shapes_that_spend_them() -> None:
         spec = replace(spec, layers=row["layers"], kv_heads=row["kv_heads"])
         assert spec.parameters == row["parameters"]
         assert spec.flops_per_token * row["tokens"] == pytest.approx(1.36e21, rel=1e-6)
+        assert row["heads"] == 2 * row["kv_heads"], "Llama 3's groups"
 
 
 DEVICES = Layout(8, 1, 8, "ddp", "none", True)
@@ -215,23 +217,28 @@ def test_measurements_replace_the_usual_speed(tmp_path: Path) -> None:
     row = setting | {"model": asdict(config.model.spec()), "compile": False, "tokens_per_second": 4_000.0}
     of_two = {"compile": False, "tokens_per_second": 8_000.0}
     settings = [setting | of_two | other for other in ({"tokens_per_second": 5_000.0}, {}, {"compile": True})]
-    probe: dict[str, Any] = {"hardware": "some CPU", "best": settings[1], "rows": settings}
+    probe: dict[str, Any] = {"hardware": "some CPU", "kind": "cpu", "best": settings[1], "rows": settings}
     probe |= {"model": row["model"], "workers": 2, "optimizer": "muon"}
     file, cpu = tmp_path / "measured.json", parse_gpus("cpu")
-    for record in (probe, {"hardware": "some CPU", "rows": [row, row | {"tokens_per_second": None}]}):
+    for record in (probe, {"hardware": "some CPU", "kind": "cpu", "rows": [row, row | {"tokens_per_second": None}]}):
         file.write_text(json.dumps(record))
         numbers = plan.plan(config, cpu, calibration=read_calibration([file], cpu))
         assert numbers["checkpointing"] == "none" and numbers["tokens_per_second"] == pytest.approx(4_000, rel=0.01)
     engine = tmp_path / "engine.json"
-    engine.write_text(json.dumps({"hardware": "some CPU", "rows": [{"rollout_tokens_per_second": 3_000.0}]}))
+    engine.write_text(
+        json.dumps({"hardware": "some CPU", "kind": "cpu", "rows": [{"rollout_tokens_per_second": 3_000.0}]})
+    )
     assert read_calibration([file, engine], cpu).sampled == 3_000.0
     with pytest.raises(ValueError, match="how fast training is"):
         read_calibration([engine], cpu)
     with pytest.raises(ValueError, match="measured on some CPU, which is not 8 x H100-SXM"):
         read_calibration([file], parse_gpus("8xH100"))
+    file.write_text(json.dumps(probe | {"hardware": "Tesla T4", "kind": "cuda"}))
+    with pytest.raises(ValueError, match="measured on Tesla T4, which is not CPU"):
+        read_calibration([file], cpu)
     no_device = {k: v for k, v in probe.items() if k != "hardware"}
-    endless = {"hardware": "some CPU", "rows": [{"rollout_tokens_per_second": math.inf}]}
-    wrong = (no_device, endless, probe | {"rows": []}, {"hardware": "x", "rows": [row | {"tokens_per_second": -1.0}]})
+    endless = {"hardware": "some CPU", "kind": "cpu", "rows": [{"rollout_tokens_per_second": math.inf}]}
+    wrong = (no_device, endless, probe | {"rows": []}, probe | {"rows": [row | {"tokens_per_second": -1.0}]})
     for text in ("[]", "{", "{}", '{"rows": []}', *map(json.dumps, wrong)):
         file.write_text(text)
         with pytest.raises(ValueError, match=r"--calibrate .*measured\.json: .*fathom probe"):
@@ -254,6 +261,97 @@ def test_mfu_is_that_of_the_model_whatever_is_computed_again() -> None:
     asked = plan.plan(config, parse_gpus("8xH100"), mfu=0.4)
     assert asked["mfu"] == pytest.approx(0.4)
     assert plan.plan(config, parse_gpus("8xH100"))["mfu"] == pytest.approx(0.48 / timing.RECOMPUTED["full"], rel=0.01)
+
+
+def test_the_usual_speed_is_of_known_hardware_size_and_precision() -> None:
+    h100, l4, a6000 = parse("H100"), parse("L4"), parse("A6000")
+    share, source = timing.default_mfu(h100, 561_000_000, "bf16")
+    assert share == pytest.approx(0.48) and source.startswith("47-49%")
+    assert timing.default_mfu(h100, 880_803_840, "fp8")[0] == 0.59
+    assert timing.default_mfu(l4, 880_803_840, "fp8")[1].startswith("assumed")
+    assert timing.default_mfu(a6000, 1_500_000_000, "bf16") == (
+        0.3,
+        "28-31% of 1.3-1.8 B models on 2 x A6000 with ZeRO-1",
+    )
+    assert timing.default_mfu(a6000, 7_000_000_000, "bf16")[1].startswith("assumed")
+    shares = [timing.default_mfu(h100, n, "bf16")[0] for n in range(50_000_000, 561_000_000, 10_000_000)]
+    assert shares == sorted(shares) and max(b - a for a, b in pairwise(shares)) < 0.02, "without a cliff"
+    fp32 = plan.plan(at_depth(20, 8, precision="fp32"), parse_gpus("8xH100"))
+    assert fp32["hours"]["total"] is None and any("fp32 is not known" in w for w in fp32["warnings"])
+
+
+def test_the_guides_shapes_are_nearly_best_for_the_flops_it_states() -> None:
+    """What the presets' corrections say."""
+    for name, family, its_loss, best in (
+        ("llama3-1.5b-optimal", "llama3", 2.320, 2.316),
+        ("qwen3-1.8b-optimal", "qwen3", 2.304, 2.297),
+    ):
+        spec = replace(load_config(name).model.spec(), sequence_len=inverse.KINDS[family][2])
+        loss = plan.expected_loss(spec.parameters, 1.36e21 / spec.flops_per_token)
+        assert loss == pytest.approx(its_loss, abs=5e-4)
+        assert inverse.shapes_for(1.36e21, family)[0]["expected_loss"] == pytest.approx(best, abs=5e-4)
+        [text] = [c for c in preset_about(name).corrections if "1.36e21" in c]
+        assert f"{its_loss:.3f}" in text and f"{best:.3f}" in text
+
+
+def test_more_sequences_than_an_engine_holds_take_turns() -> None:
+    spec, gpus = ModelSpec.from_dial("depth", 20, 65_536, 2_048), parse_gpus("8xH100")
+    full = timing.sampling_seconds(spec, gpus, 8, 8 * 256, 100)
+    assert full and timing.sampling_seconds(spec, gpus, 8, 8 * 257, 100) == pytest.approx(2 * full)
+
+
+def test_the_disk_holds_rows_checkpoints_and_every_stages_weights() -> None:
+    flags = {"model": {"depth": 12}, "data": {"corpus": "synthetic"}, "base": {"tokens": 10**9, "keep_last": 3}}
+    config = load_config(flags=flags)
+    spec = config.model.spec()
+    disk = plan.plan(config)["disk_gb"]
+    assert disk["data"] == pytest.approx(2 * 1e9 / 1e9, rel=0.01), "two bytes a token; the text was there"
+    state = 4 * spec.matrix_parameters + 8 * spec.embedding_parameters
+    assert disk["checkpoints"] == pytest.approx((4 * (4 * spec.parameters + state) + 3 * 4 * spec.parameters) / 1e9)
+
+
+def test_a_neighbour_has_the_time_that_base_has(capsys: pytest.CaptureFixture[str]) -> None:
+    """What its other stages take is gone before."""
+    flags = ("--hours", "4", "--gpus", "8xH100", "--with-rl")
+    best = planned(*flags, capsys=capsys)
+    for other in best["neighbours"]:
+        alone = planned("--depth", str(other["depth"]), "--gpus", "8xH100", "--with-rl", capsys=capsys)
+        hours = other["tokens"] / alone["tokens"] * alone["hours"]["base"]
+        assert hours + alone["hours"]["total"] - alone["hours"]["base"] == pytest.approx(4, rel=0.01)
+
+
+def test_only_the_stages_asked_for_take_time_and_money(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--depth", "12", "--gpus", "8xH100", "--usd-per-gpu-hour", "3")
+    whole, base = planned(*flags, capsys=capsys), planned(*flags, "--until", "base", capsys=capsys)
+    assert set(base["hours"]) == {"base", "total"} and base["hours"]["total"] == whole["hours"]["base"]
+    assert base["cost_usd"] == pytest.approx(whole["hours"]["base"] * 8 * 3)
+
+
+def test_what_gpus_show_is_what_a_plan_counts_on() -> None:
+    """Inline ECC takes a sixteenth: drivers show 22.5 GiB of an L4."""
+    assert parse_gpus("L4").memory_bytes == 22.5 * 2**30 and parse_gpus("H100").memory_bytes == 80 * 2**30
+    assert not plan.plan(at_depth(26), parse_gpus("1xL4"), fixed=plan.CHOSEN)["fits"]
+    tight = plan.plan(load_config("char-d64"), parse_gpus("8xH100-PCIe"))
+    assert tight["fits"] and any("of the memory" in warning for warning in tight["warnings"])
+
+
+def test_no_loss_is_expected_where_the_laws_know_nothing() -> None:
+    for name, known in (("smoke", False), ("demo", False), ("char-d64", False), ("d20", True)):
+        config = load_config(name)
+        assert (plan.plan(config, plan.default_gpus(config))["expected_loss"] is not None) == known, name
+
+
+def test_time_that_decides_on_the_tokens_decides_on_the_shards(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--depth", "12", "--corpus", "fineweb-edu-100b", "--hours", "4", "--gpus", "8xH100")
+    numbers = planned(*flags, capsys=capsys)
+    [setting] = [s for s in numbers["set"] if s.startswith("data.shards=")]
+    assert int(setting.partition("=")[2]) == pytest.approx(1.1 * numbers["shards"], abs=1)
+    assert not any("epochs" in warning for warning in numbers["warnings"])
+    assert planned(*flags, "--set", setting, capsys=capsys)["set"] == [s for s in numbers["set"] if s != setting]
+
+
+def test_many_workers_have_a_row_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned("--depth", "20", "--gpus", "32xH100", capsys=capsys)["fits"]
 
 
 def test_the_number_of_workers_is_the_users(capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,7 +420,17 @@ def test_what_a_token_costs_by_hand() -> None:
         (("--depth", "4", "--gpus", "H100", "--mfu", "0.4", "--calibrate", "x"), "one of --mfu and --calibrate"),
         (("--hours", "1", "--gpus", "H100", "--set", "model.layers=3"), "--set model.layers"),
         (("--calibrate", "nowhere.json", "--gpus", "cpu"), "--calibrate nowhere.json"),
-        (("--flops", "1e21", "--depth", "4"), "--flops looks for the shape"),
+        (("--flops", "1e21", "--depth", "4"), "give it without --depth"),
+        (("--flops", "1e21", "--gpus", "8xX900"), "give it without --gpus"),
+        (("--gpus", ""), "must be COUNTxNAME"),
+        (("--depth", "4", "--hours", "inf", "--gpus", "H100"), "base.hours = inf"),
+        (("--depth", "4", "--set", "base.target_ratio=inf"), "base.target_ratio = inf"),
+        (("--usd-per-gpu-hour", "2", "--usd-per-worker-hour", "7", "--gpus", "H100"), "are the same price"),
+        (
+            ("--depth", "4", "--budget-usd", "9", "--usd-per-gpu-hour", "2", "--gpus", "8xH100", "--workers", "4"),
+            "a budget buys all 8 GPUs",
+        ),
+        (("--only", "pretrain", "--gpus", "H100"), "no such stage"),
     ],
 )
 def test_nonsense_gets_one_clear_message(
