@@ -80,8 +80,8 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     for stage, tokens in TOTAL_BATCH_SIZE.items():
         train = dict(config[stage])
         if train["total_batch_size"] is None:
-            unit = length * (most if fewest == most else 1)
-            train["total_batch_size"] = max(1, tokens // unit) * unit
+            a_row_each = most if fewest == most else 1
+            train["total_batch_size"] = max(a_row_each, tokens // length) * length
         train["schedule"] = train["schedule"] or ("wsd" if shape.family == "depth" else "cosine")
         rows = rows_per_rank(train["total_batch_size"], length, most if fewest == most else 1, stage)
         if "device_batch_size" not in given.get(stage, {}):
