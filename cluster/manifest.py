@@ -23,6 +23,7 @@ from cluster.storage import CHUNK, FileEntry, Storage, StorageError, hash_stream
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
+REPORT = "report.html"  # its curves
 CHECKPOINTS = "checkpoints"
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,9 @@ class Manifest:
         return sorted((f for f in self.files if f.path.startswith(start)), key=lambda f: f.path)
 
     def digest(self, prefix: str = "") -> str:
-        """SHA-256 over the content below `prefix`; the metric log is left out, since it holds timings."""
-        return _sha256([[f.path, f.size, f.sha256] for f in self.below(prefix) if Path(f.path).name != METRICS])
+        """SHA-256 over the content below `prefix`; what holds timings is left out."""
+        kept = [f for f in self.below(prefix) if Path(f.path).name not in (METRICS, REPORT)]
+        return _sha256([[f.path, f.size, f.sha256] for f in kept])
 
 
 def write(storage: Storage, manifest: Manifest) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,7 +23,6 @@ class GPT2(LanguageModel):
         super().__init__(spec, (Block(Attention(spec), MLP(spec, gelu), norm) for _ in range(spec.layers)), norm())
         self.model.embed_positions = nn.Embedding(spec.sequence_len, spec.width)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        positions = torch.arange(ids.size(1), device=ids.device)
-        x: Tensor = super().embed(ids) + self.model.embed_positions(positions)
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        x: Tensor = super().embed(ids, positions) + self.model.embed_positions(positions)
         return x

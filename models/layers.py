@@ -25,10 +25,14 @@ def rope_tables(head_dim: int, base: float, positions: int) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns pairs (i, i + D/2) of x (..., T, H, D) by the angles of the tables (T, D/2)."""
+    """Turns pairs (i, i + D/2) of x (..., T, H, D) by the angles of the tables (..., T, D/2)."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# queries (B, T, H, D), keys and values (B, T, KV, D) → what the queries gathered (B, T, H, D)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
@@ -45,14 +49,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, spec.width, bias=spec.biases)
 
     def place(self, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D) and k (B, T, KV, D) as attention compares them; tables (T, D/2), or None."""
+        """q (B, T, H, D) and k (B, T, KV, D) as attention compares them; tables (..., T, D/2), or None."""
         return q, k
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend | None = None) -> Tensor:
+        """`attend` replaces attention among the tokens of x, for one that also sees a cache."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.place(q, k, cos, sin)
         # autocast may compute norms in fp32, attention wants one type
-        y = attention(q.to(v.dtype), k.to(v.dtype), v, self.backend)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        y = attention(q, k, v, self.backend) if attend is None else attend(q, k, v)
         out: Tensor = self.o_proj(y.flatten(2))
         return out
 
@@ -79,8 +85,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm()
         self.mlp = mlp
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -147,8 +153,8 @@ class LanguageModel(nn.Module):
                 rows = p[: self.spec.vocab_size] if name in ("model.embed_tokens.weight", "lm_head.weight") else p
                 rows.copy_(torch.randn(rows.shape, generator=generator) * std)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) → what enters the first block (B, T, width)."""
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids (B, T) at positions (T) or (B, T) → what enters the first block (B, T, width)."""
         x: Tensor = self.model.embed_tokens(ids)
         return x
 
@@ -158,7 +164,7 @@ class LanguageModel(nn.Module):
         if length > self.spec.sequence_len:
             raise ValueError(f"{length} tokens are more than the model's context of {self.spec.sequence_len}")
         cos, sin = (None if table is None else table[:length] for table in (self.cos, self.sin))
-        x = self.embed(ids)
+        x = self.embed(ids, torch.arange(length, device=ids.device))
         if torch.is_autocast_enabled(x.device.type):  # the residual, too: it is read and written by every product
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.model.layers:
@@ -168,7 +174,11 @@ class LanguageModel(nn.Module):
 
     def logits(self, ids: Tensor) -> Tensor:
         """ids (B, T) → capped scores (B, T, vocab), fp32."""
-        scores: Tensor = self.lm_head(self.hidden(ids))[..., : self.spec.vocab_size].float()
+        return self.scores(self.hidden(ids))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Normalised residual (..., width) → capped scores (..., vocab), fp32."""
+        scores: Tensor = self.lm_head(hidden)[..., : self.spec.vocab_size].float()
         cap = self.spec.softcap
         return cap * torch.tanh(scores / cap) if cap else scores
 

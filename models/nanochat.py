@@ -44,8 +44,8 @@ class NanoChat(LanguageModel):
         # nanochat turns the other way round than Llama does
         super().__init__(spec, blocks, residual_norm(), (cos, -sin))
 
-    def embed(self, ids: Tensor) -> Tensor:
-        return norm(super().embed(ids), self.spec.norm_eps)
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return norm(super().embed(ids, positions), self.spec.norm_eps)
 
     def init_std(self, name: str, shape: torch.Size) -> float:
         """Projections into the residual stream and the head start at zero.

@@ -101,7 +101,7 @@ def stage_names(config: Config) -> list[str]:
     """The stages of a run in order, each evaluation after what it measures; without problems none are asked."""
     names = ["tokenizer", "ingest"]
     for stage in ("base", "mid", "sft", *(["rl"] if config.with_rl else [])):
-        names += [stage] if stage != "base" and config.data.gsm8k == NONE else [stage, f"evaluate_{stage}"]
+        names += [stage, f"evaluate_{stage}"] if stage == "base" or has_problems(config) else [stage]
     return names
 
 
@@ -122,6 +122,11 @@ def select(
             f"--force {left_out[0]} would remove it, but it is not among the stages asked for to run again"
         )
     return selected
+
+
+def has_problems(config: Config) -> bool:
+    """Whether there is anything to ask: the problems of --gsm8k, or an environment with its own."""
+    return config.data.gsm8k != NONE or config.rl.environment is not None
 
 
 def identity_of(stage: str, config: Config) -> dict[str, Any]:
@@ -146,6 +151,9 @@ def identity_of(stage: str, config: Config) -> dict[str, Any]:
         identity[section] = getattr(config, section).identity()
         if stage == "base":
             identity["model"] = config.model.identity()
+        if stage == "rl" or (section == "evaluate" and config.rl.environment):
+            environment = config.rl.environment
+            identity.setdefault("rl", {})["environment"] = environment and environment.digest  # wherever it lies
     return identity
 
 
@@ -179,8 +187,11 @@ def load_config(
     values.setdefault("name", preset or f"d{checked.model.depth}")
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
     values = _merge(values, _with_vocabulary(values, checked))
-    if checked.with_rl and checked.data.gsm8k == NONE:
-        raise ConfigError("--with-rl needs problems to train on: give --gsm8k a folder, hub:openai/gsm8k or synthetic")
+    if checked.with_rl and not has_problems(checked):
+        raise ConfigError(
+            "--with-rl needs problems to train on: give --gsm8k a folder, hub:openai/gsm8k or synthetic, "
+            "or --set rl.environment=FILE.py"
+        )
     try:
         config = _validate(_merge(scaling.derive(checked.model_dump(), values), values))
     except ValueError as error:

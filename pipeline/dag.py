@@ -16,6 +16,7 @@ from cluster.storage import StorageError
 from pipeline.artifacts import RunStore, StageState
 from pipeline.config import Config, identity_of
 from stages.context import GROWING, PROGRESS, STOP, StageContext, Stopped
+from tasks import environments
 
 # What each stage reads: a stage, or a folder of its artifact. Only these enter its fingerprint.
 UPSTREAM = {
@@ -120,7 +121,13 @@ def reuse(store: RunStore, other: RunStore, config: Config, names: Sequence[str]
 
 
 def submit(store: RunStore, config: Config, planned: Sequence[Planned], devices: Devices) -> dict[str, Any]:
-    """Starts every stage that has something to do; returns the reference of each by name."""
+    """Starts every stage that has something to do; returns the reference of each by name.
+
+    Raises EnvironmentFault before anything is started, where the user's environment does not even begin to work.
+    """
+    asking = any("ingest:task" in UPSTREAM[p.state.name] for p in planned if p.action not in ("", "skip"))
+    if config.rl.environment and asking:
+        environments.check(config.rl.environment, config.rl.environment_timeout)
     references: dict[str, Any] = {}
     # Ray Train asks the state API whether its controller lives, and without an address the API may answer for another
     # Ray on this machine, where there is no such actor: the workers would be taken down as orphans.
@@ -216,7 +223,8 @@ def execute(context: StageContext, config: Config, devices: Devices) -> None:
     elif name.startswith("evaluate_"):
         from stages import evaluate
 
-        evaluate.run(context, name.removeprefix("evaluate_"), config.evaluate, config.seed, devices)
+        file, timeout = config.rl.environment, config.rl.environment_timeout
+        evaluate.run(context, name.removeprefix("evaluate_"), config.evaluate, file, timeout, config.seed, devices)
     else:
         from stages import train
 

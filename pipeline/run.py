@@ -152,11 +152,12 @@ def check_heads(config: Config, kind: str, names: list[str]) -> None:
     """Raises StageError for a model that vLLM could not sample from once it is trained."""
     size = config.model.spec().head_dim
     samples = any(name == "rl" or name in ("evaluate_mid", "evaluate_sft", "evaluate_rl") for name in names)
-    if kind == "cpu" and samples and size not in CPU_HEAD_SIZES:
+    vllm = {config.rl.engine, config.evaluate.engine} != {"torch"}
+    if kind == "cpu" and samples and vllm and size not in CPU_HEAD_SIZES:
         raise StageError(
             f"heads of {size} train, but vLLM cannot sample from them on a CPU, only from those of "
-            f"{', '.join(map(str, CPU_HEAD_SIZES))}: choose another depth or model.heads, or only train with "
-            "--until base or --gsm8k none"
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}: choose another depth or model.heads, sample with "
+            "--set rl.engine=torch --set evaluate.engine=torch, or only train with --until base or --gsm8k none"
         )
 
 

@@ -140,6 +140,7 @@ def duration(seconds: float | None) -> str:
 def key_metrics(metrics: dict[str, Any], most: int = 4) -> str:
     """The few metrics worth a table cell, best known first."""
     numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    numbers = {k: v for k, v in numbers.items() if not k.endswith(("_low", "_high"))}  # bounds of an interval
     order = {name: next((i for i, p in enumerate(SHOWN) if name.startswith(p)), len(SHOWN)) for name in numbers}
     first = sorted(numbers, key=order.__getitem__)[:most]
     return "  ".join(f"{name} {_number(numbers[name])}" for name in first)

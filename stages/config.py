@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models.spec import Family, ModelSpec
+from tasks.environments import EnvironmentFile
 from tasks.mixture import Part
 
 
@@ -242,30 +243,82 @@ class TuneConfig(TrainConfig):
 
 
 class RLConfig(OptimizerConfig):
-    steps: int | None = Field(None, ge=1, description="optimizer steps; unset: one pass over the prompts")
+    steps: int | None = Field(
+        None, ge=1, description="steps of sampling and learning; unset: one pass over the prompts"
+    )
     prompts_per_step: int = Field(16, ge=1)
     samples_per_prompt: int = Field(16, ge=2)
     max_new_tokens: int = Field(256, ge=1, description="tokens a completion, tool results included")
-    advantage: Literal["mean", "grpo", "rloo"] = Field("mean", description="r - mean; z-scored; leave-one-out")
     compile: bool | None = environment(False, "torch.compile every block, for every length of a micro-batch anew")
     lr_scale: float = Field(0.05, gt=0, description="factor on all learning rates, decayed linearly to zero")
-    ratio_cap: float = Field(
-        2.0, gt=0, description="bound of the token-level importance ratio between sampler and trainer"
+    updates_per_step: int = Field(1, ge=1, description="optimizer steps a step, each on its part of the completions")
+
+    advantage: Literal["mean", "grpo", "dr_grpo", "rloo"] = Field(
+        "mean",
+        description="r - mean; z-scored; r - mean and the loss over all tokens there could have been; leave-one-out",
     )
-    require_signal: bool = Field(True, description="stop before the first step when no training prompt is ever solved")
+    loss: Literal["reinforce", "ppo_clip", "gspo"] = Field(
+        "reinforce", description="reinforce, clipped ratio of tokens, clipped ratio of sequences"
+    )
+    clip_low: float = Field(0.2, ge=0, lt=1, description="how far below 1 the ratio counts; gspo's paper has 3e-4")
+    clip_high: float = Field(0.28, ge=0, description="how far above 1 the ratio counts; gspo's paper has 4e-4")
+    kl_coefficient: float = Field(0.0, ge=0, description="weight of the KL divergence from the SFT model; 0: none")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="how that divergence is estimated")
+    ratio_cap: float = Field(
+        2.0, ge=0, description="bound of the token-level importance ratio between trainer and sampler; 0: no such ratio"
+    )
+    mask_overlong: bool = Field(False, description="completions cut off by max_new_tokens are not learned from")
+    dynamic_sampling: int = Field(
+        0,
+        ge=0,
+        description="rounds of new prompts, at most, in place of those whose samples all earn the same; 0: none",
+    )
+    overlap: bool = Field(False, description="sample for the next step while this one is learned from")
+
+    require_signal: bool = Field(True, description="stop before the first step when all samples earn the same")
     signal_prompts: int = Field(32, ge=1, description="training prompts sampled for that check")
     max_logprob_difference: float = Field(
-        0.05, gt=0, description="mean |sampler - trainer| logprob above this stops the run"
+        0.05, gt=0, description="mean |trainer - sampler| logprob above this stops the run; not asked under overlap"
     )
+    eval_every: int = Field(
+        0, ge=0, description="steps between evaluations on held-out problems; 0: none, not even last"
+    )
+    eval_problems: int = Field(64, ge=1, description="held-out problems an evaluation")
+    eval_samples: int = Field(4, ge=1, description="samples a problem in an evaluation")
+
+    engine: Literal["auto", "vllm", "torch"] = Field(
+        "auto", description="what samples; auto: vllm where it is installed"
+    )
+    placement: Literal["auto", "shared", "split"] = environment(
+        "auto",
+        "sampler and learner on the same devices, or on devices of their own; auto: split where Ray has more GPUs than workers",
+    )
+    rollout_devices: int = environment(0, "devices that sample under split; 0: all that do not train", ge=0)
     actors: int = environment(0, "rollout actors; 0: one a device, or one a core on CPUs", ge=0)
     device_batch_size: int = environment(16, "sequences a micro-batch of the learner", ge=1)
     call_timeout: float = environment(600.0, "seconds a remote call may take", gt=0)
+    health_timeout: float = environment(30.0, "seconds in which a rollout actor must say that it lives", gt=0)
+    check_every: int = environment(10, "syncs between comparisons of the engine's weights with the trainer's", ge=1)
     save_every: int = environment(10, "steps between checkpoints", ge=1)
-    keep_last: int = environment(2, "checkpoints kept", ge=1)
+    keep_last: int = environment(2, "checkpoints kept, besides the best", ge=1)
+    environment_timeout: float = environment(30.0, "seconds that a call of the environment's own code may take", gt=0)
+    # last, as it hides the function of this name
+    environment: EnvironmentFile | None = Field(
+        None, description="a Python file with problems and their grading; unset: the problems of data.gsm8k"
+    )
+
+    @property
+    def evaluation(self) -> EvaluateConfig:
+        """What is asked every `eval_every` steps."""
+        tokens = self.max_new_tokens
+        return EvaluateConfig(problems=self.eval_problems, samples=self.eval_samples, max_new_tokens=tokens)
 
 
 class EvaluateConfig(Section):
     problems: int = Field(200, ge=1, description="held-out problems")
     samples: int = Field(8, ge=1, description="samples a problem for pass@k")
     max_new_tokens: int = Field(256, ge=1)
+    engine: Literal["auto", "vllm", "torch"] = Field(
+        "auto", description="what samples; auto: vllm where it is installed"
+    )
     call_timeout: float = environment(3600.0, "seconds that sampling all problems may take", gt=0)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,16 +17,22 @@ from cluster.resources import Devices
 from corpus.conversation import render_prompt
 from corpus.rows import Rows
 from corpus.tokenizers import Tokenizer
+from models.generate import Completion
 from models.hf import from_pretrained
 from models.layers import LanguageModel
+from stages import report
 from stages.config import EvaluateConfig
 from stages.context import StageContext
 from stages.growing import open_rows
-from stages.rl.rollout import RolloutPool, reward
+from stages.rl.rollout import RolloutPool, choose
 from stages.training.parallel import World, autocast
-from tasks.base import conversation_of, read_problems
+from tasks.base import Environment, Problem
+from tasks.environments import EnvironmentFile, FileEnvironment
+from tasks.estimates import interval, maj_at_k, pass_at_k
+from tasks.gsm8k import GSM8K
 
 ROWS_AT_ONCE = 16
+HELD_OUT = 2  # part of the seed of what is sampled here; RL has other numbers
 
 
 @torch.no_grad()
@@ -58,21 +67,42 @@ def bits_per_byte(
     return nats / (math.log(2) * size_sum) if size_sum else math.nan
 
 
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Unbiased estimate of pass@k from `correct` of `samples` (Chen et al., arXiv 2107.03374, equation 1)."""
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+@contextmanager
+def opened(context: StageContext, file: EnvironmentFile | None, timeout: float) -> Iterator[Environment]:
+    """What RL and evaluation ask: the environment of the user's file, else the problems that ingest put aside.
+
+    `timeout` is in seconds a call of the file's code. Raises EnvironmentFault.
+    """
+    if file is None:
+        yield GSM8K(str(context.fetch("ingest", "task")))
+        return
+    environment = FileEnvironment(file, timeout)
+    try:
+        yield environment
+    finally:
+        environment.close()
 
 
-def run(context: StageContext, source: str, config: EvaluateConfig, seed: int, devices: Devices) -> None:
-    """Measures the model of stage `source` and publishes the figures."""
+def run(
+    context: StageContext,
+    source: str,
+    config: EvaluateConfig,
+    file: EnvironmentFile | None,
+    timeout: float,
+    seed: int,
+    devices: Devices,
+) -> None:
+    """Measures the model of stage `source` and publishes the figures; `file` and `timeout` as for `opened`."""
     began = time.monotonic()
     with context.scratch() as directory:
         if source == "base":
             metrics = measure_text(context, devices)
         else:
-            metrics, records = measure_task(context, source, config, seed, devices)
+            with opened(context, file, timeout) as environment:
+                metrics, records = measure_task(context, source, environment, config, seed, devices)
             lines = "".join(json.dumps(r) + "\n" for r in records)
             (directory / "completions.jsonl").write_text(lines, encoding="utf-8")
+            report.table(records, directory / "completions.html")
         (directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         context.publish(directory, metrics, time.monotonic() - began)
 
@@ -88,28 +118,98 @@ def measure_text(context: StageContext, devices: Devices) -> dict[str, Any]:
 
 
 def measure_task(
-    context: StageContext, source: str, config: EvaluateConfig, seed: int, devices: Devices
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """pass@1 (greedy) and pass@k (sampled) of the model of stage `source` on held-out problems.
+    context: StageContext,
+    source: str,
+    environment: Environment,
+    config: EvaluateConfig,
+    seed: int,
+    devices: Devices,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """`measure` of the model of stage `source` on the held-out problems."""
+    tokenizer = Tokenizer.load(context.fetch(source))
+    world = World(0, 1, torch.device("cpu"), devices.threads(1))
+    engine, placement = choose(config.engine, "shared", devices, world.size)
+    with RolloutPool(
+        partial(context.fetch, source),
+        devices,
+        actors=1,
+        engine=engine,
+        placement=placement,
+        tools=environment.tools,
+        world=world,
+        timeout=config.call_timeout,
+    ) as pool:
+        return measure(pool, environment, environment.problems("test"), tokenizer, config, seed, world)
 
-    Returns the metrics and one record a problem: question, reference, greedy completion, rewards.
+
+def measure(
+    pool: RolloutPool,
+    environment: Environment,
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    config: EvaluateConfig,
+    seed: int,
+    world: World,
+    greedy: bool = True,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Figures of the policy that `pool` samples from, over the first `config.problems` problems; every rank takes part.
+
+    pass_at_1 is of greedy completions, where these are asked for. Of `config.samples` at temperature 1 come
+    sampled_pass_at_1, pass_at_k and maj_at_k for k = 2, 4, ... and all; each has a 95% interval in _low and _high. What
+    the environment grades is in sampled_reward and so on. maj_at_k is left out where no completion has an answer.
+    Beside the figures, this rank's problems with their completions and grades.
     """
-    directory = context.fetch(source)
-    tokenizer = Tokenizer.load(directory)
-    problems = read_problems(context.fetch("ingest", "task") / "test.jsonl")[: config.problems]
-    prompts = [render_prompt(conversation_of(p)["messages"][:1], tokenizer) for p in problems]
-    seeds = [(seed, i) for i in range(len(prompts))]
-    with RolloutPool(directory, devices, actors=1, timeout=config.call_timeout) as pool:
-        greedy = pool.sample(prompts, seeds, 1, config.max_new_tokens, greedy=True)
-        sampled = pool.sample(prompts, seeds, config.samples, config.max_new_tokens)
-    rewards = [[reward(p, c, tokenizer) for c in completions] for p, completions in zip(problems, sampled, strict=True)]
-    first = [reward(p, c[0], tokenizer) for p, c in zip(problems, greedy, strict=True)]
-    metrics = {"pass_at_1": float(np.mean(first)), "problems": len(problems)}
-    for k in sorted({1, config.samples}):
-        name = f"pass_at_{k}" if k > 1 else "sampled_pass_at_1"
-        metrics[name] = float(np.mean([pass_at_k(config.samples, int(sum(r)), k) for r in rewards]))
+    problems = problems[: config.problems]
+    mine = list(world.slice(range(len(problems))))
+    prompts = [render_prompt(environment.render(problems[i]), tokenizer) for i in mine]
+    seeds = [(seed, HELD_OUT, i) for i in mine]
+    first = pool.sample(prompts, seeds, 1, config.max_new_tokens, greedy=True) if greedy else [[] for _ in mine]
+    sampled = pool.sample(prompts, seeds, config.samples, config.max_new_tokens)
     records = [
-        {"question": p.question, "answer": p.answer, "greedy": tokenizer.decode(g[0].tokens), "solved": f, "rewards": r}
-        for p, g, f, r in zip(problems, greedy, first, rewards, strict=True)
+        {
+            "question": problems[i].question,
+            "answer": problems[i].answer,
+            "greedy": [graded(environment, problems[i], c, tokenizer) for c in firsts],
+            "samples": [graded(environment, problems[i], c, tokenizer) for c in samples],
+        }
+        for i, firsts, samples in zip(mine, first, sampled, strict=True)
     ]
-    return metrics, records
+    ks = sorted({2**i for i in range(1, config.samples.bit_length())} | {config.samples} - {1})
+    shares = ["pass_at_1"] * greedy + ["sampled_pass_at_1", *(f"{kind}_at_{k}" for kind in ("pass", "maj") for k in ks)]
+    grades = sorted(environment.grade(problems[0], ""))
+    rows = torch.tensor([estimates(r, ks, grades) for r in records], dtype=torch.float64)
+    means = world.gather(rows.view(len(mine), len(shares) + 1 + len(grades))).mean(0).tolist()
+    plain = dict(zip([f"sampled_{name}" for name in ("answered", *grades)], means[len(shares) :], strict=True))
+    metrics: dict[str, float] = {"problems": len(problems)}
+    for name, mean in zip(shares, means, strict=False):
+        if not name.startswith("maj") or plain["sampled_answered"]:
+            low, high = interval(mean, len(problems))
+            metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return metrics | plain, records
+
+
+def estimates(record: dict[str, Any], ks: list[int], grades: list[str]) -> list[float]:
+    """Of one problem: whether its greedy completion, if there is one, is right; of its samples pass@1, pass@k and maj@k
+    for all of `ks`, the share with an answer, and the mean of each of `grades`."""
+    samples, answers = record["samples"], [s["answer"] for s in record["samples"]]
+    right = [s["grades"]["reward"] >= 1 for s in samples]
+    return [
+        *(float(c["grades"]["reward"] >= 1) for c in record["greedy"]),
+        *(pass_at_k(len(right), sum(right), k) for k in (1, *ks)),
+        *(maj_at_k(answers, right, k) for k in ks),
+        sum(a is not None for a in answers) / len(answers),
+        *(sum(s["grades"][name] for s in samples) / len(samples) for name in grades),
+    ]
+
+
+def graded(environment: Environment, problem: Problem, completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A completion as text, with its answer and its grades; one that was cut off has no answer and earns nothing."""
+    text = tokenizer.decode(completion.tokens)
+    grades = environment.grade(problem, text)
+    return {
+        "text": text,
+        "tokens": len(completion.tokens),
+        "finished": completion.finished,
+        "answer": environment.answer(text) if completion.finished else None,
+        "grades": {name: figure * completion.finished for name, figure in grades.items()},
+    }

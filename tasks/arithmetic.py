@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from corpus.synthetic import Split, problems
-from tasks.base import Problem
+from tasks.base import NumberProblems, Problem
 
 
-class Arithmetic:
+class Arithmetic(NumberProblems):
     def __init__(self, train_count: int = 40_000, test_count: int = 1_000, seed: int = 0) -> None:
         self._counts = {"train": train_count, "test": test_count}
         self._seed = seed

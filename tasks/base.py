@@ -1,12 +1,16 @@
-"""What a problem is, how its solution becomes a conversation, and how an answer is graded (GSM8K's conventions)."""
+"""What RL learns from: the protocol of an environment, and problems whose answer is a number (GSM8K's conventions)."""
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from corpus.synthetic import Split
+from tasks.calculator import calculate
+
+Tool = Callable[[str], str | None]  # what the model wrote in its call → the result put in after it; None: no result
 
 _MARK = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
 _NUMBER = re.compile(r"[ \t]*([-+]?)[ \t]*\$?[ \t]*([-+]?)([0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)")
@@ -14,10 +18,32 @@ _NUMBER = re.compile(r"[ \t]*([-+]?)[ \t]*\$?[ \t]*([-+]?)([0-9][0-9,]*(?:\.[0-9
 
 @dataclass(frozen=True)
 class Problem:
-    """`answer` is the reference solution: calculator marks `<<48/2=24>>`, a last line `#### 24`."""
+    """`answer` is the reference, whatever the grader takes it for; here a solution with calculator marks `<<48/2=24>>`
+    and a last line `#### 24`."""
 
     question: str
     answer: str
+
+
+class Environment(Protocol):
+    """What a model is asked and how that is graded: all that RL and evaluation know of a task."""
+
+    @property
+    def tools(self) -> Mapping[str, Tool]:
+        """The tools the model may call, by name; the only one that models know is "python". Picklable."""
+
+    def problems(self, split: Split) -> list[Problem]:
+        """The problems of "train" or "test", the same every time."""
+
+    def render(self, problem: Problem) -> list[dict[str, Any]]:
+        """The messages of the prompt, as in `corpus.conversation`; the assistant goes on from there."""
+
+    def grade(self, problem: Problem, completion: str) -> dict[str, float]:
+        """A "reward", which RL maximises and from 1 on counts as solved, and figures to report beside it: always the
+        same ones, all finite."""
+
+    def answer(self, completion: str) -> str | None:
+        """What a majority of completions is asked for (maj@k); None has no vote."""
 
 
 def conversation_of(problem: Problem) -> dict[str, Any]:
@@ -31,26 +57,45 @@ def conversation_of(problem: Problem) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": problem.question}, {"role": "assistant", "content": parts}]}
 
 
+class NumberProblems:
+    """All of an environment but the problems: the question is the prompt, the calculator the tool, and the reward is
+    for the number after `####`, as it is for GSM8K."""
+
+    tools: Mapping[str, Tool] = {"python": calculate}
+
+    def render(self, problem: Problem) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": problem.question}]
+
+    def grade(self, problem: Problem, completion: str) -> dict[str, float]:
+        """Strict asks for the number after `####` and is the reward; lenient takes the last number, wherever it is."""
+        reference = final_number(problem.answer)
+        strict = float(reference is not None and final_number(completion) == reference)
+        lenient = float(reference is not None and last_number(completion) == reference)
+        return {"reward": strict, "strict": strict, "lenient": lenient}
+
+    def answer(self, completion: str) -> str | None:
+        return final_number(completion)
+
+
 def final_number(text: str) -> str | None:
     """The number after the last `####`, normalised ("1,000" -> "1000", "$5.0" -> "5"); None when there is none."""
     _, mark, tail = text.rpartition("####")
     match = _NUMBER.match(tail) if mark else None
+    return _normalised(match) if match else None
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, normalised as by `final_number`; None when there is none."""
+    *_, match = (None, *_NUMBER.finditer(text))
     if match is None:
         return None
+    is_operator = text[: match.start()].rstrip()[-1:] in (*"0123456789)%",)  # the minus of "10 - 3" is no sign
+    return _normalised(match, signed=not is_operator)
+
+
+def _normalised(match: re.Match[str], signed: bool = True) -> str:
     whole, _, decimals = match[3].replace(",", "").partition(".")
     whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
     number = f"{whole}.{decimals}" if decimals else whole
-    negative = "-" in (match[1], match[2]) and number != "0"
+    negative = signed and "-" in (match[1], match[2]) and number != "0"
     return f"-{number}" if negative else number
-
-
-def grade(problem: Problem, completion: str) -> float:
-    """1.0 when the completion's final number equals the reference's, else 0.0."""
-    number = final_number(completion)
-    return float(number is not None and number == final_number(problem.answer))
-
-
-def read_problems(path: Path) -> list[Problem]:
-    """The problems of a JSONL file with `question` and `answer`."""
-    with path.open(encoding="utf-8", newline="\n") as lines:  # questions may hold Unicode's other line breaks
-        return [Problem(**json.loads(line)) for line in lines]

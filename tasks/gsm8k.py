@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from corpus.sources import read_records
 from corpus.synthetic import Split
-from tasks.base import Problem
+from tasks.base import NumberProblems, Problem
 
 HUB = "hub:openai/gsm8k"
 
 
-class GSM8K:
+class GSM8K(NumberProblems):
     def __init__(self, source: str = HUB) -> None:
         """`source`: a folder or URI with train.jsonl and test.jsonl, one file that is the split, or
         `hub:openai/gsm8k`."""

@@ -23,7 +23,7 @@ SETTINGS = {
     "mid.steps": 50,
     "sft.steps": 30,
     "rl.steps": 6,
-    "rl.prompts_per_step": 8,
+    "rl.prompts_per_step": 16,  # four steps see all problems
     "rl.samples_per_prompt": 4,
     "rl.save_every": 1,
     "evaluate.problems": 8,

@@ -108,6 +108,16 @@ class Command:
                     left.append(process)
         return left
 
+    def named(self, name: str) -> list[psutil.Process]:
+        """The processes below it whose command line has `name` in it."""
+        self.look()
+        found = []
+        for process in self.alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if name in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
     def finish(self, seconds: float) -> Result:
         """Wait for its end; processes it left behind are counted, then killed."""
         self.until(lambda: False, seconds)

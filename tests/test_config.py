@@ -79,7 +79,10 @@ def test_unknown_keys_name_the_nearest() -> None:
         (("--preset", "dmeo"), "unknown preset 'dmeo'; there are: .*demo"),
         (("--depth", "99"), r"model\.depth = 99: Input should be less than or equal to 64"),
         (("--set", "base.steps=many"), r"base\.steps = 'many': Input should be a valid integer"),
-        (("--set", "rl.advantage=best"), r"rl\.advantage = 'best': Input should be 'mean', 'grpo' or 'rloo'"),
+        (
+            ("--set", "rl.advantage=best"),
+            r"rl\.advantage = 'best': Input should be 'mean', 'grpo', 'dr_grpo' or 'rloo'",
+        ),
         (("--set", "base=3"), r"base = 3: Input should be a valid dictionary"),
         (("--set", "base.steps"), "must be KEY=VALUE"),
         (("--workers", "3"), r"base\.total_batch_size = 524288 .* 2048 tokens .* 3 worker.*: 522240 or 528384"),

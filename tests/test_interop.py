@@ -1,4 +1,5 @@
-"""vLLM serves the export of every family: it chooses our tokens and gives them our logprobs, also under new weights.
+"""vLLM serves the export of every family: it chooses our tokens and gives them our logprobs, also under new weights,
+and the weights read back out of it are ours.
 
 All engines live in one child process, as vLLM changes the process it is in. Nothing here needs Ray.
 """
@@ -20,7 +21,8 @@ from corpus.tokenizers import Tokenizer
 from models.hf import engine_state, from_pretrained, save_pretrained
 from models.layers import LanguageModel
 from models.spec import ModelSpec
-from stages.rl.rollout import CPU_ENV, Engine
+from models.vllm_engine import CPU_ENV, VLLMEngine
+from stages.rl.weights import digest
 
 NEW_TOKENS = 64
 # Heads of 32, as vLLM's CPU kernels know no smaller ones.
@@ -35,9 +37,11 @@ SERVED = {  # grouped keys, tied heads and wide heads are each in one of them
 
 @dataclass
 class Served:
-    """The class that vLLM runs; then of each prompt: greedy tokens, sampled tokens, logprobs of these."""
+    """The class that vLLM runs and the digest of its weights; then of each prompt: greedy tokens, sampled tokens,
+    logprobs of these."""
 
     architecture: str
+    weights: str
     greedy: list[list[int]]
     sampled: list[list[int]]
     logprobs: list[list[float]]
@@ -48,13 +52,15 @@ def serve(directory: Path, other: Path, prompts: list[list[int]]) -> list[Served
     from vllm import SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    engine = Engine(directory, on_gpu=False)
+    engine = VLLMEngine(directory, on_gpu=False, shared=True)
     both = {"max_tokens": NEW_TOKENS, "ignore_eos": True, "logprobs": 0, "detokenize": False}
     served = []
-    for version in range(2):
+    for version, path in enumerate((directory, other)):
+        model = from_pretrained(path)
+        state = engine_state(model.spec, dict(model.named_parameters()))
         if version:
-            model = from_pretrained(other)
-            engine.load(engine_state(model.spec, dict(model.named_parameters())), version)
+            engine.load(state)
+            engine.loaded()
         [architecture] = engine.llm.apply_model(_class_of)
         inputs = [{"prompt_token_ids": p} for p in prompts]
         greedy = engine.llm.generate(inputs, SamplingParams(temperature=0.0, **both), use_tqdm=False)
@@ -63,6 +69,7 @@ def serve(directory: Path, other: Path, prompts: list[list[int]]) -> list[Served
         served.append(
             Served(
                 architecture,
+                digest(engine.weights({name: weight.shape for name, weight in state.items()})),
                 [list(o.outputs[0].token_ids) for o in greedy],
                 [list(o.token_ids) for o in outputs],
                 [[step[t].logprob for t, step in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs],
@@ -121,6 +128,7 @@ def test_vllm_agrees_with_the_model(
     for model, said in zip(models, served, strict=True):
         if spec.family == "depth":
             assert said.architecture == "models.vllm_nanochat.NanoChatForCausalLM", "is the project installed anew?"
+        assert said.weights == digest(engine_state(spec, dict(model.named_parameters())))
         for prompt, greedy, sampled, logprobs in zip(prompts, said.greedy, said.sampled, said.logprobs, strict=True):
             assert greedy == greedy_tokens(model, prompt)
             assert len(sampled) == NEW_TOKENS and max(sampled) < spec.vocab_size

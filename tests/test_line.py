@@ -95,7 +95,7 @@ def test_transformers_reads_the_model(line: Run, stage: str) -> None:
 def test_what_was_asked_and_answered_is_kept(line: Run) -> None:
     lines = (line.path / "evaluate_rl/completions.jsonl").read_text().splitlines()
     records = [json.loads(text) for text in lines]
-    assert len(records) == 8 and all(len(record["rewards"]) == 2 for record in records)
+    assert len(records) == 8 and all(len(record["samples"]) == 2 for record in records)
     trained_on = (line.path / "ingest/task/train.jsonl").read_text()
     assert not any(json.dumps(record["question"]) in trained_on for record in records)
 

@@ -24,7 +24,7 @@ from corpus.conversation import render
 from corpus.sources import read_records
 from corpus.tokenizers import Tokenizer
 from tasks import choices, spelling
-from tasks.base import Problem, conversation_of, grade
+from tasks.base import NumberProblems, Problem, conversation_of
 from tasks.gsm8k import GSM8K
 from tasks.mixture import Part, conversations, mixture, sizes
 
@@ -258,7 +258,7 @@ def test_words_are_spelled_and_letters_counted(shared_data: Path) -> None:
         assert count == f"#### {len(marked)}"
         assert {word.count(letter) for letter, _ in marked} <= {len(marked)}
         assert not marked or re.search(rf"\b{marked[0][0]}\b", question)
-        assert grade(Problem(question, count), answer) == 1.0
+        assert NumberProblems().grade(Problem(question, count), answer)["reward"] == 1.0
         absent += not marked
     assert len(initials) > 20  # not the first words of a sorted list
     assert len(wordings) >= len(spelling.SPELL) + len(spelling.COUNT)

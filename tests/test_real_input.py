@@ -9,7 +9,7 @@ import pytest
 from conftest import flags
 from runs import Run, one_clear_message
 
-from tasks.base import read_problems
+from tasks.gsm8k import GSM8K
 
 SETTINGS = {
     "model.vocab_size": 512,
@@ -66,8 +66,8 @@ def test_base_learns_novels(real: Run) -> None:
 def test_what_rl_trains_on_and_is_asked_is_gsm8k_as_published(real: Run, shared_data: Path) -> None:
     for split in ("train", "test"):
         lines = (shared_data / f"gsm8k/{split}.jsonl").read_text().splitlines()
-        kept = [vars(problem) for problem in read_problems(real.path / f"ingest/task/{split}.jsonl")]
+        kept = [vars(problem) for problem in GSM8K(str(real.path / "ingest/task")).problems(split)]
         assert kept == [json.loads(text) for text in lines]
-    test = {problem.question for problem in read_problems(real.path / "ingest/task/test.jsonl")}
+    test = {problem.question for problem in GSM8K(str(real.path / "ingest/task")).problems("test")}
     asked = (real.path / "evaluate_sft/completions.jsonl").read_text().splitlines()
     assert len(asked) == 4 and all(json.loads(text)["question"] in test for text in asked)

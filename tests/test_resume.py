@@ -19,7 +19,10 @@ UPSTREAM = {
 def test_a_killed_stage_goes_on_as_if_nothing_had_been(line: Run, tmp_path: Path, stage: str) -> None:
     run = line.branch(tmp_path, *UPSTREAM[stage])
     upstream = run.manifests()
-    step = kill_at_checkpoint(run, stage, "--only", stage)
+    # after its fourth step RL has seen every problem, and begins anew with them in another order
+    at = ("--set", "rl.save_every=4") if stage == "rl" else ()
+    step = kill_at_checkpoint(run, stage, "--only", stage, *at)
+    assert stage != "rl" or step == 4
     assert run.states()[stage] == "resumable"
     recorded = (run.path / stage / f"checkpoints/step_{step:06d}/metrics.jsonl").read_text()
     plan = run.go("--only", stage, "--dry-run", seconds=120)

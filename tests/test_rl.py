@@ -1,45 +1,30 @@
-"""Reinforcement learning: its arithmetic by hand, the learner's step, and sampling with real vLLM in a Ray actor."""
+"""Reinforcement learning: its arithmetic by hand, and the learner's step."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
-from collections.abc import Iterator
-from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from cluster import runtime
-from cluster.resources import resources
-from corpus.conversation import render, render_prompt
-from corpus.tokenizers import Tokenizer
 from models.build import build
-from models.hf import engine_state, save_pretrained
+from models.generate import Completion
 from models.layers import LanguageModel
 from models.spec import ModelSpec
-from stages.config import RLConfig, TrainConfig
-from stages.evaluate import pass_at_k
-from stages.rl.algorithm import advantages, group_statistics, policy_loss
-from stages.rl.learner import collate, update
-from stages.rl.loop import prompts_of_step
-from stages.rl.rollout import Completion, RolloutPool, reward
-from stages.training.loop import accumulate_gradients
+from stages.config import RLConfig
+from stages.rl.algorithm import advantages, denominator, kl_loss, mixed, policy_loss, truncated_ratio
+from stages.rl.groups import problems_at
+from stages.rl.learner import update
 from stages.training.optimizer import Optimizer, build_optimizer, group_weights
 from stages.training.parallel import World, full_weights, prepare
-from tasks.base import Problem, conversation_of
 
 ALONE = World(0, 1, torch.device("cpu"), threads=1)
-CONTEXT = 96
-WORDS = "Tom buys 12 boxes of 34 pens. How many pens are there? There are pens, so we count boxes and boxes of pens.\n"
-PROBLEM = Problem("Tom buys 12 boxes of 34 pens.", "So <<12*34=408>>408.\n#### 408")
 
 
 def random_model(spec: ModelSpec, seed: int) -> LanguageModel:
@@ -55,6 +40,7 @@ def random_model(spec: ModelSpec, seed: int) -> LanguageModel:
     ("kind", "expected"),
     [
         ("mean", [[0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0], [0.5, -0.5, 0.5, -0.5]]),
+        ("dr_grpo", [[0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0], [0.5, -0.5, 0.5, -0.5]]),
         ("grpo", [[math.sqrt(3)] + [-1 / math.sqrt(3)] * 3, [0, 0, 0, 0], [1, -1, 1, -1]]),
         ("rloo", [[1, -1 / 3, -1 / 3, -1 / 3], [0, 0, 0, 0], [2 / 3, -2 / 3, 2 / 3, -2 / 3]]),
     ],
@@ -64,53 +50,135 @@ def test_advantages_by_hand(kind: str, expected: list[list[float]]) -> None:
     torch.testing.assert_close(advantages(rewards, kind), torch.tensor(expected), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["mean", "grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["mean", "grpo", "dr_grpo", "rloo"])
 @pytest.mark.parametrize("samples", range(2, 20))
 def test_a_group_that_agrees_has_no_advantage_at_all(kind: str, samples: int) -> None:
-    """Exactly zero: the learner leaves such sequences out."""
-    for value in (0.0, 1.0):
-        assert (advantages(torch.full((3, samples), value), kind) == 0).all()
+    """Exactly zero, also for rewards whose mean is rounded: the learner leaves such sequences out."""
+    for value in (0.0, 0.1, 1.0):
+        rewards = torch.full((3, samples), value)
+        assert not mixed(rewards).any() and (advantages(rewards, kind) == 0).all()
 
 
-def test_group_statistics_by_hand() -> None:
-    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]])
-    assert group_statistics(rewards) == {"reward": 7 / 16, "mixed_groups": 0.5}
+def test_the_denominator_by_hand() -> None:
+    """Three sequences of 5, 1 and 4 tokens, where there could have been 10 each."""
+    tokens, sequences = torch.tensor(10.0), torch.tensor(3.0)
+    assert denominator("mean", tokens, sequences, 10) == 10
+    assert denominator("dr_grpo", tokens, sequences, 10) == 30
+    assert denominator("mean", torch.tensor(0.0), torch.tensor(0.0), 10) == 1
 
 
-def test_the_gradient_of_the_policy_loss_by_hand() -> None:
-    """Of each sampled token it is -min(trainer / sampler, cap) · advantage, and the ratio itself has none."""
-    trainer = torch.tensor([[0.5, 0.2, 0.9, 0.3], [0.4, 0.1, 0.6, 0.8]])
-    sampler = torch.tensor([[0.25, 0.4, 0.1, 0.3], [0.4, 0.2, 0.6, 0.4]])
-    advantage = torch.tensor([2.0, -0.5])
-    mask = torch.tensor([[1.0, 1, 1, 0], [1, 1, 0, 1]])
-    logprobs = trainer.log().requires_grad_()
-    loss = policy_loss(logprobs, sampler.log(), advantage, mask, cap=3.0)
-    loss.backward()
-    weights = torch.tensor([[2 * 2.0, 0.5 * 2, 3 * 2, 0], [-0.5, 0.5 * -0.5, 0, 2 * -0.5]])  # 0.9 / 0.1 is over the cap
-    torch.testing.assert_close(logprobs.grad, -weights)
-    torch.testing.assert_close(loss, -(weights * trainer.log()).sum())
+def test_the_truncated_ratio_by_hand() -> None:
+    old, sampler = torch.tensor([[0.5, 0.2, 0.9]]).log(), torch.tensor([[0.25, 0.4, 0.1]]).log()
+    old.requires_grad_()
+    torch.testing.assert_close(truncated_ratio(old, sampler, 3.0), torch.tensor([[2.0, 0.5, 3.0]]))
+    assert (truncated_ratio(old, sampler, 0.0) == 1).all()
+    assert not truncated_ratio(old, sampler, 3.0).requires_grad
 
 
-@pytest.mark.parametrize(("samples", "k"), [(1, 1), (4, 1), (5, 3), (6, 6)])
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_answer(samples: int, k: int) -> None:
-    for correct in range(samples + 1):
-        subsets = [any(i < correct for i in chosen) for chosen in combinations(range(samples), k)]
-        assert pass_at_k(samples, correct, k) == pytest.approx(np.mean(subsets)), correct
+OLD = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]])
+PRESENT = torch.tensor([[0.5, 0.7, 0.3, 0.6], [0.3, 0.7, 0.45, 0.9]])  # ratios 1, 1.4, 0.6, 1.2; 0.6, 1.4, 0.9, 1.8
+MASK = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 0]])
+ADVANTAGE = torch.tensor([2.0, -0.5])
+
+
+def gradient_of(kind: str, low: float = 0.2, high: float = 0.28) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, clipped and the gradient with respect to the logprobs, each (2, 4)."""
+    logprobs = PRESENT.log().requires_grad_()
+    loss, clipped = policy_loss(logprobs, OLD.log(), ADVANTAGE, MASK, kind, low, high)
+    (loss * MASK).sum().backward()
+    assert logprobs.grad is not None
+    return loss.detach(), clipped, logprobs.grad
+
+
+def test_reinforce_by_hand() -> None:
+    loss, clipped, gradient = gradient_of("reinforce")
+    torch.testing.assert_close(loss, -ADVANTAGE[:, None] * PRESENT.log())
+    torch.testing.assert_close(gradient, -ADVANTAGE[:, None] * MASK)
+    assert not clipped.any()
+
+
+def test_the_clipped_ratio_by_hand() -> None:
+    """A good token counts until it is 1.28 times as likely, a bad one until it is 0.8 times as likely; on the other
+    side nothing is clipped."""
+    loss, clipped, gradient = gradient_of("ppo_clip")
+    expected = [[-2.0, -2 * 1.28, -2 * 0.6, -2 * 1.2], [0.5 * 0.8, 0.5 * 1.4, 0.5 * 0.9]]
+    torch.testing.assert_close(loss[0], torch.tensor(expected[0]))
+    torch.testing.assert_close(loss[1, :3], torch.tensor(expected[1]))
+    assert clipped[:, :3].tolist() == [[False, True, False], [True, False, False]] and not clipped[0, 3]
+    by_hand = [[-2.0, 0, -2 * 0.6, -2 * 1.2], [0, 0.5 * 1.4, 0.5 * 0.9, 0]]  # the gradient of r by log p is r
+    torch.testing.assert_close(gradient, torch.tensor(by_hand))
+
+
+def test_the_sequence_ratio_by_hand() -> None:
+    """The geometric mean of a sequence's ratios, the tool's tokens not among them; its gradient is that of the sequence
+    form, min(s · A, clip(s) · A) times the number of tokens."""
+    means = [(1.4 * 0.6 * 1.2) ** 0.25, (0.6 * 1.4 * 0.9) ** (1 / 3)]  # 1.0020, 0.9110
+    loss, clipped, gradient = gradient_of("gspo")
+    torch.testing.assert_close((loss * MASK)[:, 0], torch.tensor([-2 * means[0], 0.5 * means[1]]))
+    assert not clipped.any()
+    logprobs = PRESENT.log().requires_grad_()
+    lengths = MASK.sum(1)
+    s = (((logprobs - OLD.log()) * MASK).sum(1) / lengths).exp()
+    whole = -(lengths * torch.minimum(s * ADVANTAGE, s.clamp(0.8, 1.28) * ADVANTAGE)).sum()
+    whole.backward()
+    torch.testing.assert_close(gradient, logprobs.grad)
+    assert gradient.abs().sum() > 1
+    loss, clipped, gradient = gradient_of("gspo", low=0.05, high=0.001)  # now both are outside
+    torch.testing.assert_close((loss * MASK)[:, 0], torch.tensor([-2 * 1.001, 0.5 * 0.95]))
+    assert clipped.all() and not gradient.any()
+
+
+def test_estimates_of_the_kl_divergence_by_hand() -> None:
+    policy, reference = torch.tensor([0.5, 0.25]), torch.tensor([0.25, 0.5])
+    two = math.log(2)
+    for kind, values, slopes in [
+        ("k1", [two, -two], [two, -two]),
+        ("k2", [two**2 / 2, two**2 / 2], [two, -two]),
+        ("k3", [0.5 - 1 + two, 2 - 1 - two], [0.5, -1.0]),
+    ]:
+        logprobs = policy.log().requires_grad_()
+        estimate = kl_loss(logprobs, reference.log(), kind)
+        estimate.sum().backward()
+        torch.testing.assert_close(estimate.detach(), torch.tensor(values))
+        torch.testing.assert_close(logprobs.grad, torch.tensor(slopes))
+
+
+def test_in_the_mean_the_estimates_are_the_divergence_and_have_its_gradient() -> None:
+    """Over all tokens of a distribution: k1 and k3 have the value, k1 and k2 the gradient, of the divergence itself."""
+    generator = torch.Generator().manual_seed(0)
+    scores, other = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    scores.requires_grad_()
+    reference = other.log_softmax(0)
+    logprobs = scores.log_softmax(0)
+    divergence = (logprobs.exp() * (logprobs - reference)).sum()
+    [true] = torch.autograd.grad(divergence, scores, retain_graph=True)
+    assert true.abs().max() > 0.1
+    for kind in ("k1", "k2", "k3"):
+        estimate = kl_loss(logprobs, reference, kind)
+        mean = (logprobs.detach().exp() * estimate).sum()  # tokens come from the policy, which is fixed meanwhile
+        [gradient] = torch.autograd.grad(mean, scores, retain_graph=True)
+        assert kind == "k2" or mean.item() == pytest.approx(divergence.item(), abs=1e-12)
+        assert kind == "k3" or torch.allclose(gradient, true, atol=1e-12)
+
+
+def test_a_divergence_far_below_the_resolution_of_one_is_seen() -> None:
+    """At a difference of 1e-6, exp(d) - 1 - d of fp32 is noise of 1e-7; the truth is 5e-13."""
+    logprobs = torch.full((1,), -1.0)
+    assert kl_loss(logprobs, logprobs + 1e-6, "k3").item() == pytest.approx(5e-13, rel=0.3)
 
 
 @pytest.mark.parametrize(("count", "per_step"), [(10, 4), (7, 7), (3, 8), (64, 16)])
 def test_the_prompts_of_a_step_cover_each_epoch_once_and_run_on_over_its_end(count: int, per_step: int) -> None:
     steps = 3 * count // math.gcd(count, per_step)
-    drawn = [prompts_of_step(count, 5, step, per_step) for step in range(steps)]
-    assert all(len(d) == per_step for d in drawn)
+    drawn = [problems_at(count, 5, range(step * per_step, (step + 1) * per_step)) for step in range(steps)]
     epochs = np.concatenate(drawn)[: 3 * count].reshape(3, count)
     assert (np.sort(epochs, axis=1) == np.arange(count)).all()
-    for step in reversed(range(steps)):  # a function of (seed, step): no order of calls matters
-        assert (prompts_of_step(count, 5, step, per_step) == drawn[step]).all()
+    alone = [problems_at(count, 5, [position])[0] for position in reversed(range(steps * per_step))]
+    assert alone[::-1] == np.concatenate(drawn).tolist(), "a function of (seed, position): no order of calls matters"
 
 
 def test_the_order_of_prompts_is_new_each_epoch_and_for_each_seed() -> None:
-    orders = [tuple(prompts_of_step(50, seed, epoch, 50)) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [tuple(problems_at(50, seed, range(50 * epoch, 50 * epoch + 50))) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4
 
 
@@ -120,20 +188,19 @@ SPEC = ModelSpec(
 
 
 def rollouts(model: LanguageModel, count: int = 16) -> tuple[list[list[int]], list[Completion], Tensor]:
-    """Prompts, completions of many lengths with tool results in them, and advantages with zeros among them."""
+    """Prompts, completions of many lengths with tool results in them, some cut off, and advantages with zeros."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(SPEC.vocab_size, size=rng.integers(2, 9)).tolist() for _ in range(count)]
     completions = []
-    for prompt in prompts:
+    for i, prompt in enumerate(prompts):
         tokens = rng.integers(SPEC.vocab_size, size=rng.integers(1, 30)).tolist()
         sampled = (rng.random(len(tokens)) < 0.8).astype(int).tolist()
         ids = torch.tensor([prompt + tokens])
         with torch.no_grad():
             true = -model(ids[:, :-1], ids[:, 1:])[0, len(prompt) - 1 :]
         noisy = true.numpy() + rng.normal(0, 0.5, len(tokens))
-        completions.append(
-            Completion(tokens, sampled, [lp if s else 0.0 for lp, s in zip(noisy, sampled, strict=True)])
-        )
+        logprobs = [float(lp) if s else 0.0 for lp, s in zip(noisy, sampled, strict=True)]
+        completions.append(Completion(tokens, sampled, logprobs, finished=i % 4 != 2))
     advantage = torch.tensor([(-1.0, 0.0, 0.5, 0.25)[i % 4] for i in range(count)])
     return prompts, completions, advantage
 
@@ -147,47 +214,117 @@ class Witness(Optimizer):
         return super().step(multiplier, grad_clip)
 
 
-def step_of(world: World, size: int, share: slice) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The gradients of one update in micro-batches of `size`, and its metrics."""
-    model = random_model(SPEC, seed=1)
+def step_of(
+    world: World, size: int, share: slice = slice(None), **settings: Any
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The gradients of one step's last update in micro-batches of `size`, and its metrics."""
+    model, reference = random_model(SPEC, seed=1), random_model(SPEC, seed=2)
     prompts, completions, advantage = rollouts(model)
-    config = RLConfig(device_batch_size=size)
+    config = RLConfig(device_batch_size=size, **settings)
     optimizer = Witness(model, group_weights(model, config), world, "ddp", torch.float32)
-    metrics = update(model, optimizer, prompts[share], completions[share], advantage[share], config, 1.0, world)
+    metrics = update(
+        model, optimizer, prompts[share], completions[share], advantage[share], config, 1.0, world,
+        reference if config.kl_coefficient else None,
+    )  # fmt: skip
     return optimizer.gradients, metrics
 
 
-def test_the_micro_batch_of_the_learner_changes_nothing() -> None:
-    whole, metrics = step_of(ALONE, 16, slice(None))
-    assert metrics["grad_norm"] > 0.01
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"advantage": "dr_grpo", "mask_overlong": True},
+        {"loss": "ppo_clip", "updates_per_step": 2, "kl_coefficient": 0.1},
+        {"loss": "gspo", "updates_per_step": 2, "clip_low": 3e-4, "clip_high": 4e-4},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_the_micro_batch_of_the_learner_changes_nothing(settings: dict[str, Any]) -> None:
+    whole, metrics = step_of(ALONE, 16, **settings)
+    assert metrics["grad_norm"] > 0.001
     for size in (1, 4):
-        gradients, others = step_of(ALONE, size, slice(None))
+        gradients, others = step_of(ALONE, size, **settings)
         torch.testing.assert_close(gradients, whole, atol=1e-6, rtol=0)
         assert others == pytest.approx(metrics, abs=1e-5)
+
+
+def scores_of(model: LanguageModel, prompt: list[int], completion: Completion) -> list[Tensor]:
+    """The logprob of every sampled token, each computed by itself."""
+    ids = torch.tensor(prompt + completion.tokens)
+    scores = model.logits(ids[None, :-1])[0].log_softmax(-1)
+    places = [len(prompt) + t for t, sampled in enumerate(completion.sampled) if sampled]
+    return [scores[at - 1, ids[at]] for at in places]
+
+
+def drawn(completion: Completion) -> list[float]:
+    """The sampler's logprob of every sampled token."""
+    return [lp for lp, sampled in zip(completion.logprobs, completion.sampled, strict=True) if sampled]
 
 
 def test_the_learners_gradient_is_that_of_the_formula() -> None:
     """Σ of ratio · advantage · logprob over sampled tokens, over the sampled tokens of all sequences."""
     model = random_model(SPEC, seed=1)
     prompts, completions, advantage = rollouts(model)
-    total, tokens, objective = 0.0, sum(sum(c.sampled) for c in completions), torch.zeros(())
+    tokens, objective = sum(sum(c.sampled) for c in completions), torch.zeros(())
+    moved = []
     for prompt, c, a in zip(prompts, completions, advantage.tolist(), strict=True):
-        ids = torch.tensor(prompt + c.tokens)
-        scores = model.logits(ids[None, :-1])[0].log_softmax(-1)
-        for t in range(len(c.tokens)):
-            if c.sampled[t]:
-                at = len(prompt) + t
-                logprob = scores[at - 1, ids[at]]
-                ratio = min(math.exp(logprob.item() - c.logprobs[t]), RLConfig().ratio_cap)
-                objective = objective + ratio * a * logprob
-                total += abs(logprob.item() - c.logprobs[t]) if a else 0.0
+        for logprob, sampler in zip(scores_of(model, prompt, c), drawn(c), strict=True):
+            ratio = math.exp(logprob.item() - sampler)
+            objective = objective + min(ratio, RLConfig().ratio_cap) * a * logprob
+            moved += [logprob.item() - sampler] if a else []
     (-objective / tokens).backward()
-    gradients, metrics = step_of(ALONE, 4, slice(None))
+    gradients, metrics = step_of(ALONE, 4)
     expected = {name: p.grad for name, p in model.named_parameters()}
     torch.testing.assert_close(gradients, expected, atol=1e-6, rtol=1e-4)
-    scored = sum(sum(c.sampled) for c, a in zip(completions, advantage.tolist(), strict=True) if a)
-    assert metrics["trained_tokens"] == scored < tokens
-    assert metrics["logprob_difference"] == pytest.approx(total / scored, abs=1e-5)
+    assert metrics["trained_tokens"] == len(moved) < tokens
+    for name, values in {
+        "logprob_difference": np.abs(moved),
+        "ratio_mean": np.exp(moved),
+        "kl": np.expm1(moved) - moved,
+    }.items():
+        assert metrics[name] == pytest.approx(np.mean(values), abs=1e-5), name
+    assert metrics["logprob_difference_max"] == pytest.approx(np.max(np.abs(moved)), abs=1e-5)
+    assert metrics["ratio_max"] == pytest.approx(np.exp(np.max(moved)), rel=1e-4)
+
+
+def test_a_second_update_is_clipped_against_the_policy_before_the_first() -> None:
+    """With a reference, and completions that were cut off left out. The second half of the sequences is the second
+    update's; old and reference are as they were."""
+    settings = {"loss": "ppo_clip", "clip_low": 0.02, "clip_high": 0.03, "kl_coefficient": 0.1, "lr_scale": 0.5}
+    config = RLConfig(updates_per_step=2, mask_overlong=True, **settings)
+    model, before, reference = (random_model(SPEC, seed=seed) for seed in (1, 1, 2))
+    prompts, completions, advantage = rollouts(model)
+    optimizer = Witness(model, group_weights(model, config), ALONE, "ddp", torch.float32)
+    metrics = update(model, optimizer, prompts, completions, advantage, config, 1.0, ALONE, reference)
+
+    kept = [i for i, c in enumerate(completions) if c.finished]
+    halves = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+    after = random_model(SPEC, seed=1)
+    first = Witness(after, group_weights(after, config), ALONE, "ddp", torch.float32)
+    once = RLConfig(**settings)
+    half = [[items[i] for i in halves[0]] for items in (prompts, completions)]
+    update(after, first, *half, advantage[halves[0]], once, 1.0, ALONE, reference)
+    total, clipped, tokens = torch.zeros(()), 0, 0
+    for i in halves[1]:
+        a = advantage[i].item()
+        with torch.no_grad():
+            old, other = (scores_of(policy, prompts[i], completions[i]) for policy in (before, reference))
+        for logprob, p, q, sampler in zip(
+            scores_of(after, prompts[i], completions[i]), old, other, drawn(completions[i]), strict=True
+        ):
+            ratio = (logprob - p).exp()
+            bounded = min(max(ratio.item(), 0.98), 1.03)
+            clipped += bounded * a < ratio.item() * a
+            surrogate = bounded * a if bounded * a < ratio.item() * a else ratio * a
+            kl = (q - logprob).exp() - 1 - (q - logprob)
+            total = total + min(math.exp(p - sampler), 2.0) * (0.1 * kl - surrogate)
+            tokens += 1
+    assert 5 < clipped < tokens / 2, "the test's own clip does too little or too much"
+    (total / tokens).backward()
+    expected = {name: p.grad for name, p in after.named_parameters()}
+    torch.testing.assert_close(optimizer.gradients, expected, atol=1e-6, rtol=1e-3)
+    assert metrics["trained_tokens"] == sum(sum(completions[i].sampled) for i in kept)
+    assert metrics["clip_share"] == pytest.approx(clipped / metrics["trained_tokens"]), "the first update clips nothing"
 
 
 def test_a_step_without_advantage_leaves_the_model_alone() -> None:
@@ -195,19 +332,25 @@ def test_a_step_without_advantage_leaves_the_model_alone() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     prompts, completions, advantage = rollouts(model)
     optimizer = build_optimizer(model, RLConfig(), "fp32", ALONE)
-    metrics = update(model, optimizer, prompts, completions, advantage * 0, RLConfig(), 1.0, ALONE)
-    assert metrics == {"grad_norm": 0.0, "trained_tokens": 0.0}
+    for given in ((prompts, completions, advantage * 0), ([], [], advantage[:0])):
+        metrics = update(model, optimizer, *given, RLConfig(), 1.0, ALONE)
+        assert metrics == {"grad_norm": 0.0, "trained_tokens": 0.0}
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def weights_after(world: World, share: slice, parallel: str) -> dict[str, Tensor]:
-    """Every weight after one update, whole."""
-    model = random_model(SPEC, seed=1)
-    prompts, completions, advantage = rollouts(model)
-    config = RLConfig(device_batch_size=4, parallel=parallel)
-    prepare(model, config, "fp32", world)
+def weights_after(world: World, parallel: str) -> dict[str, Tensor]:
+    """Every weight after a step of two updates, whole."""
+    model, reference = random_model(SPEC, seed=1), random_model(SPEC, seed=2)
+    prompts, completions, advantage = rollouts(model, 12)
+    config = RLConfig(device_batch_size=2, parallel=parallel, loss="ppo_clip", kl_coefficient=0.1, updates_per_step=2)
+    for policy in (model, reference):
+        prepare(policy, config, "fp32", world)
     optimizer = build_optimizer(model, config, "fp32", world)
-    update(model, optimizer, prompts[share], completions[share], advantage[share], config, 1.0, world)
+    # of either update the first rank has one micro-batch and the second two
+    of_rank = [[*range(0, 2), *range(6, 8)], [*range(2, 6), *range(8, 12)]][world.rank]
+    mine = of_rank if world.size > 1 else range(12)
+    chosen = [[items[i] for i in mine] for items in (prompts, completions)]
+    update(model, optimizer, *chosen, advantage[list(mine)], config, 1.0, world, reference)
     return dict(full_weights(model))
 
 
@@ -217,216 +360,18 @@ def two_ranks(rank: int, path: Path) -> None:
     share, world = slice(0, 6) if rank == 0 else slice(6, 16), World.current(2)
     torch.save(step_of(world, 4, share), path / f"{rank}.pt")
     for mode in ("zero1", "fsdp"):
-        torch.save(weights_after(world, share, mode), path / f"{rank}-{mode}.pt")
+        torch.save(weights_after(world, mode), path / f"{rank}-{mode}.pt")
     dist.destroy_process_group()
 
 
 def test_two_learners_step_like_one(tmp_path: Path) -> None:
-    whole, metrics = step_of(ALONE, 4, slice(None))
+    whole, metrics = step_of(ALONE, 4)
     mp.spawn(two_ranks, args=(tmp_path,), nprocs=2)
     (first, first_metrics), (second, second_metrics) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     torch.testing.assert_close(first, whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(second, first, atol=0, rtol=0)
-    expected = weights_after(ALONE, slice(None), "ddp")
+    assert first_metrics == second_metrics == pytest.approx(metrics, abs=1e-5), "metrics are those of all ranks"
+    expected = weights_after(ALONE, "ddp")
     for mode in ("zero1", "fsdp"):  # the ranks have different numbers of micro-batches
         for rank in range(2):
             torch.testing.assert_close(torch.load(tmp_path / f"{rank}-{mode}.pt"), expected, atol=1e-5, rtol=0)
-    for name in ("grad_norm", "trained_tokens"):
-        assert first_metrics[name] == second_metrics[name] == pytest.approx(metrics[name], abs=1e-5), name
-    shares = sorted([first_metrics["logprob_difference"], second_metrics["logprob_difference"]])
-    assert shares[0] - 1e-5 <= metrics["logprob_difference"] <= shares[1] + 1e-5, "a mean lies between its parts' means"
-
-
-# --- vLLM: one engine in one actor for all that follows --------------------------------------------------------------
-
-
-def seeds(prompts: list[list[int]], *parts: int) -> list[tuple[int, ...]]:
-    return [(*parts, i) for i in range(len(prompts))]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train([WORDS * 20], 300)
-
-
-@pytest.fixture(scope="module")
-def spec(tokenizer: Tokenizer) -> ModelSpec:
-    return ModelSpec("depth", 2, 64, 2, 2, 128, tokenizer.vocab_size, sequence_len=CONTEXT, softcap=15.0)
-
-
-def short_prompt(tokenizer: Tokenizer) -> list[int]:
-    return render_prompt(conversation_of(PROBLEM)["messages"][:1], tokenizer)
-
-
-def call_of(tokenizer: Tokenizer) -> list[int]:
-    """What the model writes first: text and a complete call."""
-    ids, _ = render(conversation_of(PROBLEM), tokenizer, CONTEXT)
-    answer = ids.tolist()[len(short_prompt(tokenizer)) :]
-    return answer[: answer.index(tokenizer.special("<|python_end|>")) + 1]
-
-
-def long_prompt(tokenizer: Tokenizer) -> list[int]:
-    """A prompt after which the call ends one token before the context does."""
-    room = CONTEXT - 1 - len(call_of(tokenizer)) - 2
-    user = (tokenizer.encode(WORDS) * 9)[: room - 1]
-    ends = [tokenizer.special("<|user_end|>"), tokenizer.special("<|assistant_start|>")]
-    return [tokenizer.bos, *user, *ends]
-
-
-@pytest.fixture(scope="module")
-def taught(tokenizer: Tokenizer, spec: ModelSpec) -> LanguageModel:
-    """A model that knows one conversation by heart: it calls the calculator, reads the result and ends."""
-    model = build(spec)
-    model.init_weights(0)
-    tokens = np.full((2, CONTEXT + 1), tokenizer.bos)
-    mask = np.zeros(tokens.shape, dtype=np.uint8)
-    ids, weights = render(conversation_of(PROBLEM), tokenizer, CONTEXT)
-    tokens[0, : len(ids)], mask[0, : len(ids)] = ids, weights
-    prompt = long_prompt(tokenizer)
-    tokens[1, : CONTEXT - 1] = prompt + call_of(tokenizer)
-    mask[1, len(prompt) : CONTEXT - 1] = 1
-    optimizer = build_optimizer(model, TrainConfig(embedding_lr=0.05), "fp32", ALONE)
-    for _ in range(100):
-        loss = accumulate_gradients(
-            model, torch.from_numpy(tokens), torch.from_numpy(mask[:, 1:]).float(), 2, "fp32", ALONE
-        )
-        optimizer.reduce()
-        optimizer.step(1.0, grad_clip=1.0)
-    assert loss is not None and loss < 0.05, "the test's own model has not learnt its line"
-    return model
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, spec: ModelSpec) -> Iterator[RolloutPool]:
-    directory = tmp_path_factory.mktemp("model")
-    save_pretrained(random_model(spec, seed=0), directory, tokenizer.bos, tokenizer.special("<|assistant_end|>"))
-    tokenizer.save(directory)
-    runtime.connect()
-    try:
-        with RolloutPool(directory, resources(), actors=1) as pool:
-            yield pool
-    finally:
-        ray.shutdown()
-
-
-def prompts_of(spec: ModelSpec, count: int, length: int) -> list[list[int]]:
-    return np.random.default_rng(length).integers(256, size=(count, length)).tolist()
-
-
-def disagreement(model: LanguageModel, prompts: list[list[int]], groups: list[list[Completion]]) -> float:
-    """The largest difference between the sampler's logprob of a sampled token and the model's own."""
-    pairs = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
-    batch = collate([p for p, _ in pairs], [c for _, c in pairs], ALONE.device)
-    assert batch["mask"].sum() == sum(sum(c.sampled) for _, c in pairs) > 0
-    with torch.no_grad():
-        logprobs = -model(batch["ids"][:, :-1], batch["ids"][:, 1:])
-    return ((logprobs - batch["sampler_logprobs"]) * batch["mask"]).abs().max().item()
-
-
-def test_sampler_and_trainer_agree_on_every_sampled_token(pool: RolloutPool, spec: ModelSpec) -> None:
-    prompts = prompts_of(spec, 4, 10) + prompts_of(spec, 4, 33)
-    groups = pool.sample(prompts, seeds(prompts, 1), 4, 40)
-    assert [len(g) for g in groups] == [4] * 8
-    surprise = -np.mean([lp for group in groups for c in group for lp in c.logprobs])
-    assert surprise > 0.5, "logprobs of a certain model would agree with anything"
-    assert disagreement(random_model(spec, seed=0), prompts, groups) < 1e-4
-
-
-def test_the_same_seed_gives_the_same_completions_alone_or_in_a_batch(pool: RolloutPool, spec: ModelSpec) -> None:
-    prompts = prompts_of(spec, 6, 20)
-    first = pool.sample(prompts, seeds(prompts, 1, 2), 3, 24)
-    assert pool.sample(prompts, seeds(prompts, 1, 2), 3, 24) == first
-    assert [[c.tokens for c in g] for g in pool.sample(prompts[:1], seeds(prompts[:1], 1, 2), 3, 24)] == [
-        [c.tokens for c in first[0]]
-    ]
-    assert pool.sample(prompts, seeds(prompts, 1, 3), 3, 24) != first
-    drawn = {tuple(c.tokens) for group in first for c in group}
-    assert len(drawn) == 18, "samples of one prompt, or of two, share their random numbers"
-
-
-def test_new_weights_answer_at_once_also_for_a_prompt_seen_before(pool: RolloutPool, spec: ModelSpec) -> None:
-    """The prompt fills two blocks of the prefix cache, which holds what the old weights computed."""
-    prompts = prompts_of(spec, 2, 70)
-    for version in (3, 4):
-        model = random_model(spec, seed=version)
-        pool.sync(engine_state(model.spec, dict(model.named_parameters())), version)
-        groups = pool.sample(prompts, seeds(prompts, 0), 3, 20)
-        assert disagreement(model, prompts, groups) < 1e-4
-        assert {c.weight_version for group in groups for c in group} == {version}
-
-
-def test_a_call_of_the_calculator_is_answered_and_generation_goes_on(
-    pool: RolloutPool, tokenizer: Tokenizer, taught: LanguageModel
-) -> None:
-    pool.sync(engine_state(taught.spec, dict(taught.named_parameters())), 5)
-    prompt, config = short_prompt(tokenizer), RLConfig(lr_scale=0.01)
-    ids, mask = render(conversation_of(PROBLEM), tokenizer, CONTEXT)
-    for greedy in (True, False):
-        [[completion]] = groups = pool.sample([prompt], seeds([prompt], 0), 1, 60, greedy=greedy)
-        assert tokenizer.decode(completion.tokens) == (
-            "So <|python_start|>12*34<|python_end|><|output_start|>408<|output_end|>408.\n#### 408<|assistant_end|>"
-        )
-        assert prompt + completion.tokens == ids.tolist(), "what the model was taught and what it sees are one format"
-        assert completion.sampled == mask.tolist()[len(prompt) :]
-        inserted = [lp for lp, s in zip(completion.logprobs, completion.sampled, strict=True) if not s]
-        assert len(inserted) >= 3 and set(inserted) == {0.0}
-        assert completion.finished and completion.weight_version == 5
-        assert reward(PROBLEM, completion, tokenizer) == 1.0
-        assert disagreement(taught, [prompt], groups) < 1e-4, "the tokens after the result are scored with it in view"
-    model = build(taught.spec)
-    model.load_state_dict(taught.state_dict())
-    optimizer = build_optimizer(model, config, "fp32", ALONE)
-    metrics = update(model, optimizer, [prompt], [completion], torch.ones(1), config, 1.0, ALONE)
-    assert metrics["trained_tokens"] == sum(completion.sampled)
-    assert metrics["logprob_difference_max"] < 1e-4
-
-
-def test_the_limit_on_new_tokens_holds_with_a_result_in_the_way(
-    pool: RolloutPool, tokenizer: Tokenizer, taught: LanguageModel
-) -> None:
-    pool.sync(engine_state(taught.spec, dict(taught.named_parameters())), 5)
-    prompt = short_prompt(tokenizer)
-    [[whole]] = pool.sample([prompt], seeds([prompt], 0), 1, 60, greedy=True)
-    for limit in range(1, len(whole.tokens) + 1):
-        [[cut]] = pool.sample([prompt], seeds([prompt], 0), 1, limit, greedy=True)
-        assert (cut.tokens, cut.sampled) == (whole.tokens[:limit], whole.sampled[:limit]), limit
-        assert len(cut.logprobs) == limit
-        assert cut.finished == (limit == len(whole.tokens))
-        assert reward(PROBLEM, cut, tokenizer) == float(cut.finished), "an answer that was cut off earns nothing"
-
-
-def test_a_result_does_not_run_past_the_context(pool: RolloutPool, tokenizer: Tokenizer, taught: LanguageModel) -> None:
-    pool.sync(engine_state(taught.spec, dict(taught.named_parameters())), 5)
-    prompt = long_prompt(tokenizer)
-    [[completion]] = pool.sample([prompt], seeds([prompt], 0), 1, 60, greedy=True)
-    assert completion.tokens[: len(call_of(tokenizer))] == call_of(tokenizer), "the call was not made"
-    assert len(prompt) + len(completion.tokens) <= CONTEXT
-    config = RLConfig(lr_scale=1e-9)
-    optimizer = build_optimizer(taught, config, "fp32", ALONE)
-    metrics = update(taught, optimizer, [prompt], [completion], torch.ones(1), config, 1.0, ALONE)
-    assert metrics["trained_tokens"] > 0
-
-
-def test_a_prompt_that_fills_the_context_gets_no_answer(pool: RolloutPool, spec: ModelSpec) -> None:
-    prompts = [*prompts_of(spec, 1, CONTEXT), *prompts_of(spec, 1, CONTEXT - 1), *prompts_of(spec, 1, CONTEXT + 5)]
-    lengths = [len(c.tokens) for [c] in pool.sample(prompts, seeds(prompts, 0), 1, 10)]
-    assert lengths == [0, 1, 0]
-
-
-def test_a_killed_actor_is_replaced_by_one_with_the_current_weights(pool: RolloutPool, spec: ModelSpec) -> None:
-    model = random_model(spec, seed=6)
-    pool.sync(engine_state(model.spec, dict(model.named_parameters())), 6)
-    prompts = prompts_of(spec, 3, 40)
-    before = pool.sample(prompts, seeds(prompts, 7), 2, 16)
-    [victim] = pool._actors
-    pid = ray.get(victim.__ray_call__.remote(lambda _: os.getpid()))
-    assert pid != os.getpid()
-    os.kill(pid, signal.SIGKILL)
-    after = pool.sample(prompts, seeds(prompts, 7), 2, 16)
-    [replacement] = pool._actors
-    assert ray.get(replacement.__ray_call__.remote(lambda _: os.getpid())) != pid
-    assert {c.weight_version for group in after for c in group} == {6}
-    assert disagreement(model, prompts, after) < 1e-4
-    assert [[(c.tokens, c.sampled, c.finished) for c in g] for g in after] == [
-        [(c.tokens, c.sampled, c.finished) for c in g] for g in before
-    ]

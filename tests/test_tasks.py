@@ -13,10 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corpus import synthetic
+from corpus.conversation import render, render_prompt
+from corpus.tokenizers import Tokenizer
 from tasks.arithmetic import Arithmetic
-from tasks.base import Problem, conversation_of, final_number, grade, read_problems
+from tasks.base import NumberProblems, Problem, conversation_of, final_number, last_number
 from tasks.calculator import calculate
 from tasks.gsm8k import GSM8K
+
+GRADED = NumberProblems()
 
 
 @pytest.mark.parametrize(
@@ -100,11 +104,46 @@ def test_the_final_number_is_normalised(text: str, number: str | None) -> None:
     assert final_number(text) == number
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She has 48/2 = 24 clips, so 48 + 24 = 72.", "72"),
+        ("72 clips, worth $1,000.50", "1000.5"),
+        ("It is -3", "-3"),
+        ("It is: - $3.", "-3"),
+        ("10 - 3", "3"),
+        ("10-3", "3"),
+        ("(4+6)-3", "3"),
+        ("50% - 3", "3"),
+        ("a half, 50%", "50"),
+        ("5.0", "5"),
+        ("#### 7 in 3 days", "3"),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_the_last_number_of_a_text_is_read_where_it_stands(text: str, number: str | None) -> None:
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize("right", ["1,000", "1000", "$1000", "$1,000.00", "1000.0", "1000%", "1,000 dollars"])
+@pytest.mark.parametrize("reference", ["1,000", "$1000"])
+def test_a_right_number_is_right_however_it_is_written(reference: str, right: str) -> None:
+    problem = Problem("?", f"#### {reference}")
+    assert GRADED.grade(problem, f"so\n#### {right}") == {"reward": 1.0, "strict": 1.0, "lenient": 1.0}
+    assert GRADED.grade(problem, f"it is {right}") == {"reward": 0.0, "strict": 0.0, "lenient": 1.0}
+    assert GRADED.answer(f"#### {right}") == "1000" and GRADED.answer(f"it is {right}") is None
+    for wrong in ("1,001", "-1,000", "10.00", "100", "0"):
+        assert GRADED.grade(problem, f"{right}, so\n#### {wrong}") == {"reward": 0.0, "strict": 0.0, "lenient": 0.0}
+
+
 @given(st.text())
 def test_only_the_right_number_is_rewarded(text: str) -> None:
     problem = Problem("?", "#### 12345")
-    assert grade(problem, text) == float(final_number(text) == "12345")
-    assert grade(Problem("?", text), "no number") == 0.0
+    grades = GRADED.grade(problem, text)
+    assert grades["reward"] == grades["strict"] == float(final_number(text) == "12345")
+    assert grades["lenient"] == float(last_number(text) == "12345")
+    assert GRADED.grade(Problem("?", "no number"), text) == {"reward": 0.0, "strict": 0.0, "lenient": 0.0}
 
 
 def test_marks_become_tool_calls() -> None:
@@ -130,10 +169,20 @@ def test_gsm8k_references_are_right_and_altered_ones_wrong(shared_data: Path, sp
     for problem in problems:
         number = final_number(problem.answer)
         assert number is not None
-        assert grade(problem, problem.answer) == 1.0
+        assert set(GRADED.grade(problem, problem.answer).values()) == {1.0}
         altered = re.sub(r"####.*", f"#### {int(number) + 1}", problem.answer)
-        assert grade(problem, altered) == 0.0
-        assert grade(problem, number) == 0.0
+        assert set(GRADED.grade(problem, altered).values()) == {0.0}
+        assert GRADED.grade(problem, f"It is {number}.") == {"reward": 0.0, "strict": 0.0, "lenient": 1.0}
+
+
+def test_gsm8k_references_are_right_as_the_tokens_that_a_model_would_write(shared_data: Path) -> None:
+    problems = GSM8K(str(shared_data / "gsm8k")).problems("test")
+    tokenizer = Tokenizer.train([problem.answer for problem in problems], 1_000)
+    for problem in problems:
+        conversation = conversation_of(problem)
+        ids, _ = render(conversation, tokenizer, 100_000)
+        written = ids[len(render_prompt(GRADED.render(problem), tokenizer)) :].tolist()
+        assert set(GRADED.grade(problem, tokenizer.decode(written)).values()) == {1.0}, problem
 
 
 def test_the_calculator_agrees_with_gsm8k(shared_data: Path) -> None:
@@ -179,8 +228,10 @@ def test_arithmetic_is_right_varied_and_the_calculator_confirms_it(split: synthe
         assert 1 <= len(steps) == len(problem.answer.splitlines()) - 1 <= 3
         assert not calls or steps == list(zip(calls, outputs, strict=True))
         assert all(calculate(call) == output for call, output in steps)
-        assert grade(problem, problem.answer) == grade(problem, text) == 1.0
-        assert grade(problem, re.sub(r"####.*", f"#### {int(steps[-1][1]) + 1}", problem.answer)) == 0.0
+        assert set(GRADED.grade(problem, problem.answer).values()) == set(GRADED.grade(problem, text).values()) == {1.0}
+        assert (
+            GRADED.grade(problem, re.sub(r"####.*", f"#### {int(steps[-1][1]) + 1}", problem.answer))["reward"] == 0.0
+        )
         assert final_number(problem.answer) == steps[-1][1]
         # every operand is in the question or comes from an earlier step
         known = set(re.findall(r"[0-9]+", problem.question))
@@ -195,7 +246,7 @@ def test_problems_with_other_line_breaks_are_read_whole(tmp_path: Path) -> None:
     problems = [Problem("How many\u2028are\u0085there?\r", "2+2\u2029\n#### 4"), Problem("Next?", "#### 5")]
     lines = [json.dumps(vars(problem), ensure_ascii=False) + "\n" for problem in problems]
     (tmp_path / "train.jsonl").write_bytes("".join(lines).encode())
-    assert read_problems(tmp_path / "train.jsonl") == problems
+    assert GSM8K(str(tmp_path)).problems("train") == problems
 
 
 def test_arithmetic_is_a_function_of_its_seed() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 
-import psutil
 from pytest import approx
 from runs import Run, one_clear_message, start
 
@@ -49,12 +47,7 @@ def test_a_lost_worker_is_replaced_and_as_many_work_as_there_is_room_for(line: R
         return any(saved.glob("step_*/part-1.json"))
 
     assert command.until(second_part, 300), command.output()
-    command.look()
-    workers = []
-    for process in command.below:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                workers.append(process)
+    workers = command.named("RayTrainWorker")
     assert len(workers) == 2, "there is room for two"
     workers[1].kill()
     result = command.finish(300)

@@ -1,4 +1,4 @@
-"""The policy's gradient step on a batch of completions."""
+"""The policy's gradient steps on a batch of completions."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.generate import Completion
 from models.layers import LanguageModel
 from stages.config import RLConfig
-from stages.rl.algorithm import policy_loss
-from stages.rl.rollout import Completion
+from stages.rl.algorithm import denominator, kl_loss, policy_loss, truncated_ratio
 from stages.training.optimizer import Optimizer
 from stages.training.parallel import World, autocast, is_sharded, synchronise_gradients
 
@@ -36,48 +36,86 @@ def update(
     config: RLConfig,
     multiplier: float,
     world: World,
+    reference: LanguageModel | None = None,
 ) -> dict[str, float]:
-    """One optimizer step on this rank's sequences (prompt and completion i belong together, advantage is (B,)), at
-    `multiplier` times the learning rates.
+    """`updates_per_step` optimizer steps on this rank's sequences (prompt and completion i belong together, advantage
+    is (B,)), each on its part of them, at `multiplier` times the learning rates. Returns the metrics of all ranks.
 
-    The loss is the sum over sampled tokens divided by their number in the whole step, over all ranks, so the size of a
-    micro-batch changes nothing. Sequences without advantage have no gradient and are not computed.
+    The loss is a sum over sampled tokens, divided by a number that is the whole update's, over all ranks: the size of a
+    micro-batch changes nothing. Sequences without a gradient are not computed; with `mask_overlong` those cut off do
+    not count at all (DAPO, arXiv 2503.14476, section 3.4). FloatingPointError where the gradient is not finite.
     """
-    sampled = world.sum(torch.tensor(float(sum(sum(c.sampled) for c in completions)), device=world.device))
-    # neighbours in length share a micro-batch, which saves padding
-    order = sorted(torch.nonzero(advantage).flatten().tolist(), key=lambda i: len(prompts[i] + completions[i].tokens))
-    micro_batches = [order[i : i + config.device_batch_size] for i in range(0, len(order), config.device_batch_size)]
-    most = int(world.agree(len(micro_batches))[0])
-    if most == 0:  # every group was solved by all of its samples or by none
-        return {"grad_norm": 0.0, "trained_tokens": 0.0}
-    if is_sharded(model):  # every rank must run the model equally often; these passes add nothing
-        micro_batches += [[]] * (most - len(micro_batches))
-    sums = torch.zeros(3, device=world.device)  # |trainer - sampler|, surprise, tokens
-    worst = torch.zeros((), device=world.device)
-    for i, chosen in enumerate(micro_batches, start=1):
-        some = chosen or [0]
-        batch = collate([prompts[j] for j in some], [completions[j] for j in some], world.device)
-        synchronise_gradients(model, i == len(micro_batches))
+    kept = [i for i, c in enumerate(completions) if c.finished or not config.mask_overlong]
+    updates, size, advantages = config.updates_per_step, config.device_batch_size, advantage.tolist()
+    parts = [kept[len(kept) * u // updates : len(kept) * (u + 1) // updates] for u in range(updates)]
+
+    def micro_batches_of(part: list[int]) -> list[dict[str, Tensor]]:
+        taught = [i for i in part if config.kl_coefficient or advantages[i]]
+        # neighbours in length share a micro-batch, which saves padding
+        order = sorted(taught, key=lambda i: len(prompts[i]) + len(completions[i].tokens))
+        return [
+            collate([prompts[i] for i in chunk], [completions[i] for i in chunk], world.device)
+            | {"advantage": advantage[chunk].to(world.device)}
+            for chunk in (order[i : i + size] for i in range(0, len(order), size))
+        ]
+
+    batches = [micro_batches_of(part) for part in parts]
+    most = [int(n) for n in world.agree(*map(len, batches))]
+    if is_sharded(model):  # every rank must run the model equally often; a pass over no sampled token adds nothing
+        idle = collate([[0, 0]], [Completion()], world.device) | {"advantage": torch.zeros(1, device=world.device)}
+        batches = [batch + [idle] * (n - len(batch)) for batch, n in zip(batches, most, strict=True)]
+    counts = [[sum(sum(completions[i].sampled) for i in part), len(part)] for part in parts]
+    divisors = [
+        denominator(config.advantage, tokens, sequences, config.max_new_tokens)
+        for tokens, sequences in world.sum(torch.tensor(counts, dtype=torch.float32, device=world.device))
+    ]
+
+    def logprobs_of(policy: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
+        """(B, T), and 0 for what was not sampled, like the sampler's: there, all ratios are 1."""
         with autocast(world.device, learner_precision(world)):
-            logprobs = -model(batch["ids"][:, :-1], batch["ids"][:, 1:])
-        sampler, mask = batch["sampler_logprobs"], batch["mask"] * bool(chosen)
-        loss = policy_loss(logprobs, sampler, advantage[some].to(world.device), mask, config.ratio_cap)
-        (loss / sampled.clamp(min=1)).backward()
-        difference = ((logprobs.detach() - sampler) * mask).abs()
-        sums += torch.stack((difference.sum(), -(sampler * mask).sum(), mask.sum()))
-        worst = worst.maximum(difference.max())
-    difference_sum, surprise, trained = world.sum(sums).tolist()
-    optimizer.reduce()
-    norm, ok = optimizer.step(multiplier, config.grad_clip)
-    if not ok:
-        raise FloatingPointError("the policy's gradient is not finite: lower rl.lr_scale and --force rl")
-    return {
-        "grad_norm": norm.item(),
-        "trained_tokens": trained,
-        "logprob_difference": difference_sum / trained,
-        "logprob_difference_max": world.gather(worst[None]).max().item(),
-        "entropy": surprise / trained,
-    }
+            return -policy(batch["ids"][:, :-1], batch["ids"][:, 1:]) * batch["mask"]
+
+    if updates > 1:
+        with torch.no_grad():
+            for batch in (batch for of_update in batches for batch in of_update):
+                batch["old"] = logprobs_of(model, batch)
+    clip = config.loss, config.clip_low, config.clip_high
+    sums, worst = torch.zeros(6, device=world.device), torch.zeros(2, device=world.device)
+    norms = []
+    for micro_batches, passes, divisor in zip(batches, most, divisors, strict=True):
+        if passes == 0:  # every group was solved by all of its samples or by none
+            continue
+        for i, batch in enumerate(micro_batches, start=1):
+            synchronise_gradients(model, i == len(micro_batches))
+            logprobs = logprobs_of(model, batch)
+            sampler, mask, present = batch["sampler_logprobs"], batch["mask"], logprobs.detach()
+            old = batch.get("old", present)
+            loss, clipped = policy_loss(logprobs, old, batch["advantage"], mask, *clip)
+            kl = torch.zeros_like(present)
+            if reference is not None:
+                with torch.no_grad():
+                    wanted = logprobs_of(reference, batch)
+                kl = kl_loss(logprobs, wanted, config.kl_estimator)
+            # what has no old policy of its own is corrected for all that the policy has moved since it was sampled
+            weight = truncated_ratio(present if config.loss == "reinforce" else old, sampler, config.ratio_cap)
+            ((weight * (loss + config.kl_coefficient * kl) * mask).sum() / divisor).backward()
+            moved = old - sampler
+            ratio = moved.exp() * mask
+            figures = (mask, moved.abs(), ratio, kl_loss(sampler, old, "k3"), clipped * mask, kl.detach())
+            sums += torch.stack([figure.sum() for figure in figures])
+            worst = worst.maximum(torch.stack((moved.abs().max(), ratio.max())))
+        optimizer.reduce()
+        norm, ok = optimizer.step(multiplier, config.grad_clip)
+        if not ok:
+            raise FloatingPointError("the policy's gradient is not finite: lower rl.lr_scale and --force rl")
+        norms.append(norm.item())
+    trained, *means = world.sum(sums).tolist()
+    metrics = {"grad_norm": sum(norms) / max(1, len(norms)), "trained_tokens": trained}
+    if trained:
+        names = ["logprob_difference", "ratio_mean", "kl", "clip_share"] + ["reference_kl"] * (reference is not None)
+        metrics |= {name: value / trained for name, value in zip(names, means, strict=False)}
+        metrics["logprob_difference_max"], metrics["ratio_max"] = world.agree(*worst.tolist())
+    return metrics
 
 
 def learner_precision(world: World) -> str:

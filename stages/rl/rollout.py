@@ -1,262 +1,328 @@
-"""Sampling: vLLM engines in Ray actors, the calculator's turns, and what happens when an actor dies.
+"""Sampling: engines in Ray actors, and what happens when one of these dies or hangs.
 
-An actor holds one engine in its own process and steps it itself, so a completion that called the calculator goes on in
-the very next engine step, in one batch with all others. Every draw has a seed made of the caller's seed, the prompt's
-and the sample's number, so the same weights and prompts give the same completions.
+An actor holds one engine, vLLM or plain torch, in its own process and drives it itself (models/generate.py), so that a
+completion which called a tool goes on in the very next engine step, in one batch with all others. Every draw has a seed
+made of the caller's seed, the prompt's and the sample's number, so the same weights and prompts give the same
+completions, whatever the number of actors and however often one was lost.
 """
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
+import torch
+import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from cluster.resources import Devices
 from corpus.tokenizers import Tokenizer
+from models.generate import Completion, Engine, TorchEngine, Turns, complete
 from models.hf import read_spec
-from models.vllm_plugin import register
-from tasks.base import Problem, grade
-from tasks.calculator import calculate
+from models.vllm_engine import CPU_ENV, GPU_ENV, VLLMEngine
+from stages.rl.weights import Transfer, digest
+from stages.training.parallel import World
+from tasks.base import Tool
 
 logger = logging.getLogger(__name__)
 
-ENGINE_ENV = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-CPU_ENV = ENGINE_ENV | {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-CPU_KV_BYTES = 256 << 20  # at least; more where two whole sequences would not fit
+Completions = list[list[Completion]]  # of each prompt its samples
+Tools = Mapping[str, Tool]
+
 TRIES = 3
+TICK_S = 1.0  # between two looks at how the actors are
+LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 
 
-@dataclass
-class Completion:
-    """What followed a prompt. `sampled` is 1 where the model chose the token, 0 where a tool's result was put in."""
-
-    tokens: list[int] = field(default_factory=list)
-    sampled: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
-    weight_version: int = 0
-
-    def extend(self, tokens: Sequence[int], logprobs: Sequence[float] | None) -> None:
-        self.tokens += tokens
-        self.sampled += [int(logprobs is not None)] * len(tokens)
-        self.logprobs += logprobs if logprobs is not None else [0.0] * len(tokens)
+def choose(engine: str, placement: str, devices: Devices, workers: int) -> tuple[str, str]:
+    """Engine and placement where these are "auto": vLLM if it is installed; split where GPUs are left beside the
+    learner's workers."""
+    if engine == "auto":
+        engine = "vllm" if importlib.util.find_spec("vllm") else "torch"
+    if placement == "auto":
+        placement = "split" if devices.gpus > workers else "shared"
+    return engine, placement
 
 
-def digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 over the names and bytes of the weights, in order of their names."""
-    sha = hashlib.sha256()
-    for name in sorted(state):
-        sha.update(name.encode())
-        sha.update(state[name].contiguous().view(-1).numpy().tobytes())
-    return sha.hexdigest()
+def turns_of(tokenizer: Tokenizer, tools: Tools) -> Turns:
+    """The turns of a conversation in which the model may call the tool `python`; none where `tools` lacks it."""
+    special, tool = tokenizer.special, tools.get("python")
+
+    def answer(call: list[int]) -> list[int]:
+        result = tool(tokenizer.decode(call)) if tool else None
+        if result is None:  # nothing that the tool understands; the model goes on without a result
+            return []
+        return [special("<|output_start|>"), *tokenizer.encode(result), special("<|output_end|>")]
+
+    call = (special("<|python_start|>"), special("<|python_end|>")) if tool else None
+    return Turns(special("<|assistant_end|>"), call, answer)
 
 
-def reward(problem: Problem, completion: Completion, tokenizer: Tokenizer) -> float:
-    """1.0 for a right final number in a completion that ended by itself, else 0.0."""
-    return grade(problem, tokenizer.decode(completion.tokens)) if completion.finished else 0.0
-
-
-class Engine:
-    """vLLM on one device, tokens in and tokens out."""
-
-    def __init__(self, directory: Path, on_gpu: bool) -> None:
-        from vllm import LLM
-
-        register()  # a worker may run this package's files without its entry points
-        spec = read_spec(directory)
-        self.max_len = spec.sequence_len
-        settings: dict[str, Any] = {"dtype": "bfloat16", "gpu_memory_utilization": 0.35}
-        if not on_gpu:
-            # fp32, so that sampler and trainer agree to 1e-5; a fixed cache, without which vLLM does not start
-            cache = max(CPU_KV_BYTES, 2 * spec.kv_bytes_per_token * (spec.sequence_len + 32))
-            settings = {"dtype": "float32", "kv_cache_memory_bytes": cache, "block_size": 32}
-        self.llm = LLM(
-            str(directory),
-            skip_tokenizer_init=True,
-            enforce_eager=not on_gpu,
-            max_model_len=self.max_len,
-            max_num_seqs=256,
-            enable_chunked_prefill=on_gpu,  # with it, a request's own seed crashes the CPU engine
-            **settings,
+@ray.remote(max_restarts=0, concurrency_groups={"health": 1})
+class RolloutActor:
+    def __init__(self, fetch: Callable[[], Path], engine: str, on_gpu: bool, shared: bool, tools: Tools) -> None:
+        directory = fetch()
+        self.turns = turns_of(Tokenizer.load(directory), tools)
+        self.context = read_spec(directory).sequence_len
+        self.engine: Engine = (
+            VLLMEngine(directory, on_gpu, shared) if engine == "vllm" else TorchEngine(directory, on_gpu)
         )
-        self.tokenizer = Tokenizer.load(directory)
-        self.weight_version = 0
-        self._end = self.tokenizer.special("<|assistant_end|>")
-        self._call = (self.tokenizer.special("<|python_start|>"), self.tokenizer.special("<|python_end|>"))
-        self._result = (self.tokenizer.special("<|output_start|>"), self.tokenizer.special("<|output_end|>"))
+        self.version = 0
 
-    def load(self, state: dict[str, Tensor], version: int) -> str:
-        """Replaces all weights, drops what was cached under the old ones, and returns the digest of the new."""
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(state.items())})
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache: completions would mix old and new weights")
-        self.weight_version = version
-        return digest(state)
+    @ray.method(concurrency_group="health")
+    def alive(self) -> None:
+        """Answers beside whatever else the actor does."""
+
+    def load(self, state: dict[str, Tensor], version: int) -> None:
+        self.engine.load(state)
+        self.loaded(version)
+
+    def loaded(self, version: int) -> None:
+        self.engine.loaded()
+        self.version = version
+
+    def transfer(self, method: str, arguments: dict[str, Any]) -> None:
+        """A step of vLLM's weight transfer."""
+        assert isinstance(self.engine, VLLMEngine)
+        self.engine.call(method, **arguments)
+
+    def digest(self, shapes: dict[str, torch.Size]) -> str:
+        return digest(self.engine.weights(shapes))
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[tuple[int, ...]], samples: int, max_new_tokens: int, greedy: bool
-    ) -> list[list[Completion]]:
-        """`samples` completions of each prompt, in one continuous batch, at temperature 1 over the whole vocabulary."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        engine, turns = self.llm.llm_engine, 0
-        done = [[Completion(weight_version=self.weight_version) for _ in range(samples)] for _ in prompts]
-        limits = [max(0, min(max_new_tokens, self.max_len - len(p))) for p in prompts]
-        open_turns: dict[str, tuple[int, int]] = {}
-
-        def go_on(i: int, j: int) -> None:
-            nonlocal turns
-            so_far = done[i][j]
-            room = limits[i] - len(so_far.tokens)
-            if room <= 0:
-                return
-            params = SamplingParams(
-                temperature=0.0 if greedy else 1.0,
-                max_tokens=room,
-                seed=None if greedy else _seed(*seeds[i], j, len(so_far.tokens)),
-                stop_token_ids=[self._end, self._call[1]],
-                logprobs=0,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            turns += 1
-            open_turns[str(turns)] = (i, j)
-            engine.add_request(str(turns), {"prompt_token_ids": prompts[i] + so_far.tokens}, params)
-
-        for i in range(len(prompts)):
-            for j in range(samples):
-                go_on(i, j)
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                i, j = open_turns.pop(output.request_id)
-                turn, completion = output.outputs[0], done[i][j]
-                tokens = list(turn.token_ids)
-                completion.extend(tokens, [step[t].logprob for t, step in zip(tokens, turn.logprobs, strict=True)])
-                completion.finished = tokens[-1:] == [self._end]
-                if tokens[-1:] == [self._call[1]]:
-                    completion.extend(self._answer(completion.tokens), None)
-                    go_on(i, j)
-        for limit, group in zip(limits, done, strict=True):
-            for completion in group:  # a tool's result may run past the limit
-                del completion.tokens[limit:], completion.sampled[limit:], completion.logprobs[limit:]
-        return done
-
-    def _answer(self, tokens: list[int]) -> list[int]:
-        """The forced tokens after a call that just ended: its result, or nothing when it is no arithmetic."""
-        start = len(tokens) - 1 - tokens[::-1].index(self._call[0]) if self._call[0] in tokens else None
-        result = calculate(self.tokenizer.decode(tokens[start + 1 : -1])) if start is not None else None
-        return [] if result is None else [self._result[0], *self.tokenizer.encode(result), self._result[1]]
+        self,
+        prompts: list[list[int]],
+        seeds: list[tuple[int, ...]],
+        samples: int,
+        max_new_tokens: int,
+        greedy: bool,
+    ) -> tuple[Completions, float]:
+        """The completions, and the seconds they took."""
+        began = time.perf_counter()
+        engine = self.engine.sampler
+        groups = complete(engine, self.turns, prompts, seeds, samples, max_new_tokens, self.context, greedy)
+        for completion in (c for group in groups for c in group):
+            completion.weight_version = self.version
+        self.engine.rest()
+        return groups, time.perf_counter() - began
 
 
-def _seed(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+class _Member:
+    """An actor of the pool, and how long it has been silent."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle, self.started = handle, False
+        self._ask()
+
+    def _ask(self) -> None:
+        self._question, self._asked = self.handle.alive.remote(), time.monotonic()
+
+    def silence(self) -> float:
+        """Seconds for which a question was left without an answer. Asks the next one when there was one."""
+        if ray.wait([self._question], timeout=0)[0]:
+            self.started = True
+            self._ask()
+        return time.monotonic() - self._asked
 
 
-@ray.remote(max_restarts=0)
-class RolloutActor:
-    def __init__(self, directory: Path, on_gpu: bool) -> None:
-        self.engine = Engine(directory, on_gpu)
+class Rollout:
+    """Completions under way. `seconds` that sampling took and those that each actor was at work are known with them."""
 
-    def load(self, state: dict[str, Tensor], version: int) -> str:
-        return self.engine.load(state, version)
+    seconds: float
+    busy: list[float]
 
-    def generate(self, *arguments: Any) -> list[list[Completion]]:
-        return self.engine.generate(*arguments)
+    def __init__(
+        self, job: Future[tuple[Completions, float, list[float]]] | None, shares: list[int], world: World | None
+    ):
+        self._job, self._shares, self._world = job, shares, world
+
+    def result(self) -> Completions:
+        """The completions of each prompt, in order; to be called once, and by every rank of a split pool."""
+        groups, self.seconds, self.busy = self._job.result() if self._job else ([], 0.0, [])
+        if self._world is None:
+            return groups
+        parts: list[Any] = []
+        for share in self._shares:
+            parts.append((groups[:share], self.seconds, self.busy))
+            groups = groups[share:]
+        mine: list[Any] = [None]
+        dist.scatter_object_list(mine, parts or None, group=self._world.host)
+        groups, self.seconds, self.busy = mine[0]
+        return groups
 
 
 class RolloutPool:
-    """Actors on this node that share out every batch of prompts.
+    """Actors that share out every batch of prompts.
 
-    An actor that dies, or does not answer within `timeout` seconds, is replaced by one with the current weights and its
-    prompts are sampled again; after a few such losses in a row the error rises.
+    Shared, each rank of the learner has a pool beside itself, on its own device. Split, the first rank's pool has
+    devices of its own and samples for all ranks.
+
+    An actor that dies, leaves the question whether it is alive unanswered for `health_timeout` seconds, or works on one
+    call for more than `timeout` seconds is replaced by one with the current weights, and its prompts are sampled again.
+    After TRIES such losses in one call the pool gives up with RuntimeError. `replaced` counts them.
     """
 
-    def __init__(self, directory: Path, devices: Devices, actors: int, timeout: float = 600.0) -> None:
-        self.directory, self.on_gpu, self.timeout = directory, devices.kind == "cuda", timeout
-        self._current: tuple[Any, int, str] | None = None
-        self._actors = [self._start() for _ in range(actors)]
+    def __init__(
+        self,
+        fetch: Callable[[], Path],
+        devices: Devices,
+        actors: int,
+        *,
+        tools: Tools,
+        engine: str = "vllm",
+        placement: str = "shared",
+        world: World | None = None,
+        timeout: float = 600.0,
+        health_timeout: float = 30.0,
+    ) -> None:
+        on_gpu, self._shared = devices.kind == "cuda", placement == "shared"
+        self._world = world if world is not None and world.size > 1 and not self._shared else None
+        self._on_gpu, self._direct = on_gpu, on_gpu and engine == "vllm"
+        self._arguments = (fetch, engine, on_gpu, self._shared, tools)
+        self._timeout, self._health_timeout = timeout, health_timeout
+        self._dtype = torch.bfloat16 if on_gpu else torch.float32
+        self._current: tuple[Any, int] | None = None  # weights in the object store, and their version
+        self._transfer: Transfer | None = None
+        self._closed, self.replaced = False, 0
+        self._jobs = ThreadPoolExecutor(1)  # sampling and syncs, one after the other
+        here = self._world is None or self._world.rank == 0
+        self._members = [self._start() for _ in range(actors if here else 0)]
 
     def __enter__(self) -> RolloutPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
+        self._closed = True
+        for member in self._members:
+            ray.kill(member.handle)
+        self._jobs.shutdown(cancel_futures=True)
 
-    def _start(self) -> Any:
-        env = dict(CPU_ENV if not self.on_gpu else ENGINE_ENV)
-        if self.on_gpu:  # the trainer's own device, which Ray would otherwise hide from an actor that asks for none
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
-            env["CUDA_VISIBLE_DEVICES"] = visible[int(os.environ.get("LOCAL_RANK", 0)) % len(visible)]
+    def _start(self) -> _Member:
+        env = GPU_ENV if self._on_gpu else CPU_ENV
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": env}}
-        return RolloutActor.options(**options).remote(self.directory, self.on_gpu)  # type: ignore[attr-defined]
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+        if self._on_gpu and self._shared:  # the trainer's own device, which Ray hides from an actor that asks for none
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+            env = env | {"CUDA_VISIBLE_DEVICES": visible[int(os.environ.get("LOCAL_RANK", 0)) % len(visible)]}
+        elif self._on_gpu:
+            options = {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": "SPREAD"}
+        options["runtime_env"] = {"env_vars": env}
+        return _Member(RolloutActor.options(**options).remote(*self._arguments))  # type: ignore[attr-defined]
 
-    def sync(self, state: dict[str, Tensor], version: int) -> None:
-        """Gives every actor these weights. RuntimeError when an actor holds others afterwards."""
+    def sync(self, state: Mapping[str, Tensor], version: int, check: bool = True) -> float:
+        """Gives every actor these weights (`models.hf.engine_state`); returns the seconds it took.
+
+        With `check`, RuntimeError where an engine then computes with other weights, found by reading its own.
+        """
+        began = time.perf_counter()
+        if self._members:
+            self._jobs.submit(self._sync, state, version, check).result()
+        return time.perf_counter() - began
+
+    def _sync(self, state: Mapping[str, Tensor], version: int, check: bool) -> None:
         # copies, as a view into a larger buffer would be sent with all of it
-        state = {name: weight.detach().to("cpu", copy=True) for name, weight in state.items()}
-        self._current = (ray.put(state), version, digest(state))
-        for held in self._each(lambda actor, _: self._load(actor)):
-            if held != self._current[2]:
-                raise RuntimeError(f"a rollout actor holds weights {held}, the trainer {self._current[2]}")
+        weights = {name: weight.detach().to("cpu", self._dtype, copy=True) for name, weight in state.items()}
+        self._current = (ray.put(weights), version)
+        if self._direct:
+            self._each(lambda actor, _: actor.alive.remote())  # a transfer waits for all of its engines
+            if self._transfer is None:
+                self._transfer = Transfer([m.handle for m in self._members], self._shared, self._timeout)
+            self._transfer.send({name: weight.detach().to(self._dtype) for name, weight in state.items()})
+            self._each(lambda actor, _: actor.loaded.remote(version))
+        else:
+            self._each(lambda actor, _: self._load(actor))
+        if check:
+            shapes, expected = {name: weight.shape for name, weight in weights.items()}, digest(weights)
+            for a, held in enumerate(self._each(lambda actor, _: actor.digest.remote(shapes))):
+                if held != expected:
+                    raise RuntimeError(
+                        f"rollout actor {a} computes with weights {held[:12]}, the trainer sent {expected[:12]}"
+                    )
 
     def _load(self, actor: Any) -> Any:
         assert self._current is not None
-        return actor.load.remote(self._current[0], self._current[1])
+        return actor.load.remote(*self._current)
 
-    def sample(
+    def sample(self, *arguments: Any, **options: Any) -> Completions:
+        """`start` and its result."""
+        return self.start(*arguments, **options).result()
+
+    def start(
         self,
         prompts: list[list[int]],
         seeds: Sequence[tuple[int, ...]],
         samples: int,
         max_new_tokens: int,
         greedy: bool = False,
-    ) -> list[list[Completion]]:
-        """`samples` completions of each prompt, in the order of the prompts; `seeds` has a seed for each of these."""
-        n = len(self._actors)
-        parts = self._each(
-            lambda actor, a: actor.generate.remote(prompts[a::n], seeds[a::n], samples, max_new_tokens, greedy)
-        )
-        return [parts[i % n][i // n] for i in range(len(prompts))]
+    ) -> Rollout:
+        """Begins `samples` completions of each prompt at temperature 1 over the whole vocabulary; `seeds` has a seed
+        for each prompt. Every rank of a split pool calls it, with its own prompts."""
+        shares: list[Any] = []
+        if self._world is not None:
+            shares = [None] * self._world.size if self._world.rank == 0 else []
+            dist.gather_object((prompts, list(seeds)), shares or None, group=self._world.host)
+            prompts, seeds = [p for share in shares for p in share[0]], [s for share in shares for s in share[1]]
+        job = None
+        if self._members:
+            job = self._jobs.submit(self._sample, prompts, seeds, samples, max_new_tokens, greedy)
+        return Rollout(job, [len(share[0]) for share in shares], self._world)
+
+    def _sample(
+        self, prompts: list[list[int]], seeds: Sequence[tuple[int, ...]], *arguments: Any
+    ) -> tuple[Completions, float, list[float]]:
+        began, n = time.perf_counter(), len(self._members)
+        parts = self._each(lambda actor, a: actor.generate.remote(prompts[a::n], seeds[a::n], *arguments))
+        groups = [parts[i % n][0][i // n] for i in range(len(prompts))]
+        return groups, time.perf_counter() - began, [seconds for _, seconds in parts]
 
     def _each(self, call: Callable[[Any, int], Any]) -> list[Any]:
         """The results of one call to every actor; calls to lost actors are made again to their replacements."""
         results: dict[int, Any] = {}
-        for attempt in range(1, TRIES + 1):
-            calls = {a: call(actor, a) for a, actor in enumerate(self._actors) if a not in results}
-            for a, reference in calls.items():
-                with self._replacing(a, last=attempt == TRIES):
-                    results[a] = ray.get(reference, timeout=self.timeout)
-            if len(results) == len(self._actors):
-                break
-        return [results[a] for a in range(len(self._actors))]
+        losses: Counter[int] = Counter()
+        made = {a: (call(member.handle, a), time.monotonic()) for a, member in enumerate(self._members)}
+        while made:
+            ray.wait([reference for reference, _ in made.values()], timeout=TICK_S)
+            for a, (reference, since) in list(made.items()):
+                problem = ""
+                if ray.wait([reference], timeout=0)[0]:
+                    try:
+                        results[a] = ray.get(reference)
+                        del made[a]
+                    except LOST as error:
+                        if getattr(error, "actor_init_failed", False):
+                            raise
+                        problem = f"died ({type(error).__name__})"
+                else:
+                    problem = self._problem(self._members[a], time.monotonic() - since)
+                if problem:
+                    losses[a] += 1
+                    self._replace(a, problem, losses[a])
+                    made[a] = (call(self._members[a].handle, a), time.monotonic())
+        return [results[a] for a in range(len(self._members))]
 
-    @contextmanager
-    def _replacing(self, a: int, last: bool) -> Iterator[None]:
-        try:
-            yield
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            if last:
-                raise
-            logger.warning("rollout actor %d is lost (%s); a new one takes over", a, type(error).__name__)
-            ray.kill(self._actors[a])
-            self._actors[a] = self._start()
-            if self._current:
-                self._load(self._actors[a])  # calls to an actor run in order, so it loads before it samples
+    def _problem(self, member: _Member, seconds: float) -> str:
+        """Why an actor that has worked on one call for `seconds` is lost; empty when it is not."""
+        silence = member.silence()
+        if member.started and silence > self._health_timeout:
+            return f"hangs: no answer for {silence:.0f} s"
+        return f"is overdue: one call took more than {self._timeout:.0f} s" if seconds > self._timeout else ""
+
+    def _replace(self, a: int, problem: str, losses: int) -> None:
+        if self._closed or losses == TRIES:
+            raise RuntimeError(f"rollout actor {a} {problem}, for the {losses}. time in one call")
+        logger.warning("rollout actor %d %s; a new one takes over", a, problem)
+        ray.kill(self._members[a].handle)
+        self._members[a] = self._start()
+        self.replaced += 1
+        self._transfer = None  # its group had the old actor in it
+        if self._current:
+            self._load(self._members[a].handle)  # calls to an actor run in order, so it loads before it samples

@@ -1,7 +1,8 @@
-"""The RL stage: from an SFT model and problems to a policy, on Ray Train workers with vLLM actors beside them."""
+"""The RL stage: from an SFT model and problems to a policy, on Ray Train workers with rollout actors beside them."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,15 +10,16 @@ import torch
 from cluster.resources import Devices
 from corpus.tokenizers import Tokenizer
 from models.hf import from_pretrained
+from stages import report
 from stages.config import RLConfig
 from stages.context import StageContext
+from stages.evaluate import opened
 from stages.rl.loop import reinforce
-from stages.rl.rollout import RolloutPool
+from stages.rl.rollout import RolloutPool, choose
 from stages.training.launch import launch
 from stages.training.metrics import Reporter
 from stages.training.parallel import World
 from stages.training.state import Checkpoints, publish_model
-from tasks.base import read_problems
 
 
 def run(context: StageContext, config: RLConfig, seed: int, workers: tuple[int, int], devices: Devices) -> None:
@@ -30,19 +32,40 @@ def work(arguments: dict[str, Any]) -> None:
     context: StageContext = arguments["context"]
     config: RLConfig = arguments["config"]
     devices: Devices = arguments["devices"]
-    seed: int = arguments["seed"]
     world = World.current(devices.cpus)
     torch.set_num_threads(world.threads)
     source = context.fetch("sft")
-    tokenizer = Tokenizer.load(source)
-    model = from_pretrained(source)
-    problems = read_problems(context.fetch("ingest", "task") / "train.jsonl")
-    steps = config.steps or max(1, len(problems) // config.prompts_per_step)
-    reporter = Reporter(context.storage, steps, quiet=world.rank > 0)
-    most = 1 if world.device.type == "cuda" else min(world.threads, config.prompts_per_step // world.size)
-    actors = config.actors or most
-    with context.scratch() as scratch, RolloutPool(source, devices, actors, config.call_timeout) as pool:
+    tokenizer, model = Tokenizer.load(source), from_pretrained(source)
+    engine, placement = choose(config.engine, config.placement, devices, world.size)
+    with (
+        context.scratch() as scratch,
+        opened(context, config.environment, config.environment_timeout) as environment,
+        RolloutPool(
+            functools.partial(context.fetch, "sft"),
+            devices,
+            config.actors or actors_for(config, placement, devices, world),
+            engine=engine,
+            placement=placement,
+            tools=environment.tools,
+            world=world,
+            timeout=config.call_timeout,
+            health_timeout=config.health_timeout,
+        ) as pool,
+    ):
+        problems, held_out = environment.problems("train"), environment.problems("test")
+        steps = config.steps or max(1, len(problems) // config.prompts_per_step)
+        reporter = Reporter(context.storage, steps, quiet=world.rank > 0)
         checkpoints = Checkpoints(context, world, scratch, reporter, config.keep_last)
-        reinforce(model, tokenizer, problems, config, steps, seed, world, pool, checkpoints, reporter)
+        task = (environment, problems, held_out, config, steps, arguments["seed"])
+        reinforce(model, tokenizer, *task, world, pool, checkpoints, reporter)
         reporter.close()
-        publish_model(context, model, tokenizer, reporter, world, scratch)
+        page = functools.partial(report.plots, reporter.records)
+        publish_model(context, model, tokenizer, reporter, world, scratch, page)
+
+
+def actors_for(config: RLConfig, placement: str, devices: Devices, world: World) -> int:
+    """As many as the devices, or cores, that this rank's pool has to itself."""
+    shared, cores, prompts = placement == "shared", world.threads, config.prompts_per_step
+    if world.device.type == "cuda":
+        return 1 if shared else config.rollout_devices or devices.gpus - world.size
+    return max(1, min(cores, prompts // world.size) if shared else min(cores * world.size, prompts))

@@ -83,7 +83,7 @@ class NoCheckpoints(Checkpoints):
     def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
         return Progress()
 
-    def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer) -> None:
+    def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer, stage_state: Any = None) -> None:
         pass
 
     def wait(self) -> None:

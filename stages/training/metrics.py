@@ -62,14 +62,19 @@ class Stopwatch:
             moment = time.perf_counter()
         self._marks.append((name, moment))
 
-    def figures(self) -> dict[str, float]:
-        """The length of the step, validation apart, and the share of every span in it; waits for the last mark."""
+    def spans(self) -> dict[str, float]:
+        """Milliseconds of every span; waits for the last mark."""
         if self._on_gpu:
             self._marks[-1][1].synchronize()
         spans: dict[str, float] = {}
         for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
             milliseconds = before.elapsed_time(after) if self._on_gpu else (after - before) * 1e3
             spans[name] = spans.get(name, 0.0) + milliseconds
+        return spans
+
+    def figures(self) -> dict[str, float]:
+        """The length of the step, validation apart, and the share of every span in it; waits for the last mark."""
+        spans = self.spans()
         spans.pop("evaluate", None)
         total = sum(spans.values())
         return {"step_ms": total} | {f"{name}_share": span / total for name, span in spans.items()}

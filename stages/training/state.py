@@ -7,10 +7,12 @@ in the background needs no collective beyond DCP's own, which have a process gro
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -34,29 +36,33 @@ from stages.training.metrics import Reporter
 from stages.training.optimizer import Optimizer
 from stages.training.parallel import World, full_weights, is_sharded
 
-SUMMARY = ("loss", "val_bpb", "best_step", "reward", "tokens_per_second", "mfu")
+SUMMARY = ("loss", "val_bpb", "pass_at_1", "best_step", "reward", "tokens_per_second", "mfu")
+STAGE_STATE = "stage-"  # files of a checkpoint, one a rank, with what only the stage itself knows of
 PART_TIMEOUT = 1800.0  # seconds the first rank waits for another rank's upload
 
 
 @dataclass
 class Progress:
-    """How far training is, and the best validation so far. A checkpoint holds it."""
+    """How far training is, and the best validation so far. A checkpoint holds it.
+
+    What is validated is better when it is lower: bits a byte, or in RL the share of samples that do not solve.
+    """
 
     step: int = 0
-    best_val_bpb: float = math.inf
+    best: float = math.inf
     best_step: int = -1
     evaluations_since_best: int = 0
     evaluated_step: int = -1
 
-    def evaluated(self, val_bpb: float) -> float:
+    def evaluated(self, value: float) -> float:
         """Takes note of a validation at the present step; returns it. Weights that are not trained are never best."""
         self.evaluated_step = self.step
         if self.step == 0:
-            return val_bpb
+            return value
         self.evaluations_since_best += 1
-        if val_bpb < self.best_val_bpb:
-            self.best_val_bpb, self.best_step, self.evaluations_since_best = val_bpb, self.step, 0
-        return val_bpb
+        if value < self.best:
+            self.best, self.best_step, self.evaluations_since_best = value, self.step, 0
+        return value
 
     def tensor(self) -> Tensor:
         return torch.tensor(astuple(self), dtype=torch.float64)
@@ -68,15 +74,24 @@ class Progress:
 
 
 def publish_model(
-    context: StageContext, model: LanguageModel, tokenizer: Tokenizer, reporter: Reporter, world: World, scratch: Path
+    context: StageContext,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    reporter: Reporter,
+    world: World,
+    scratch: Path,
+    page: Callable[[Path], None] | None = None,
 ) -> None:
-    """Makes weights, tokenizer and metrics this stage's artifact, by way of `scratch`. Every rank takes part."""
+    """Makes weights, tokenizer, metrics and the report that `page` writes this stage's artifact, by way of `scratch`.
+    Every rank takes part."""
     whole = gathered(model, world)
     if whole is not None:
         directory = scratch / "artifact"
         save_pretrained(whole, directory, tokenizer.bos, tokenizer.special("<|assistant_end|>"))
         tokenizer.save(directory)
         reporter.write(directory / manifest.METRICS)
+        if page is not None:
+            page(directory / manifest.REPORT)
         context.publish(directory, reporter.latest(*SUMMARY), reporter.seconds)
     world.barrier()
 
@@ -98,11 +113,15 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Checkpoints:
-    """Saves and restores one stage. `scratch` is a local directory of this rank; `best_step` is kept, too."""
+    """Saves and restores one stage. `scratch` is a local directory of this rank; `best_step` is kept, too.
+
+    `stage_state` is what every rank, in order, had given to the `save` that was restored.
+    """
 
     def __init__(self, context: StageContext, world: World, scratch: Path, reporter: Reporter, keep_last: int) -> None:
         self.context, self.world, self.scratch, self.reporter = context, world, scratch, reporter
         self.keep_last, self.best_step = keep_last, -1
+        self.stage_state: list[Any] = []
         # of its own, as collectives in the background must not mix with training's; and gloo, as DCP saves from the CPU
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -125,12 +144,13 @@ class Checkpoints:
         directory, values = manifest.fetch(place), Progress().tensor()
         state = {"model": weights_of(model), "optimizer": optimizer.state_dict(), "progress": values}
         dcp.load(state, checkpoint_id=directory)
+        self.stage_state = [json.loads(f.read_text()) for f in sorted(directory.glob(f"{STAGE_STATE}*.json"))]
         if not self.reporter.quiet:
             self.reporter.read(directory / manifest.METRICS)
         self.reporter.earlier_seconds = saved.seconds
         progress = Progress.of(values)
         if progress.best_step not in [step for step, _ in manifest.checkpoints(storage)]:
-            progress.best_step, progress.best_val_bpb = -1, math.inf
+            progress.best_step, progress.best = -1, math.inf
         self.best_step = progress.best_step
         return progress
 
@@ -139,8 +159,9 @@ class Checkpoints:
         place = self.context.storage.at(manifest.checkpoint_path(step))
         dcp.load({"model": weights_of(model)}, checkpoint_id=manifest.fetch(place))
 
-    def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer) -> None:
-        """Starts saving the present state; training may go on at once. Waits for the save before it."""
+    def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer, stage_state: Any = None) -> None:
+        """Starts saving the present state, and with it `stage_state` as JSON; training may go on at once. Waits for the
+        save before it."""
         self.wait()
         self.reporter.flush()
         directory = self.scratch / f"{progress.step:08d}"
@@ -152,9 +173,11 @@ class Checkpoints:
         state = tree_map_only(Tensor, self._copy, state)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
+        directory.mkdir(parents=True, exist_ok=True)
         if not self.reporter.quiet:
-            directory.mkdir(parents=True, exist_ok=True)
             self.reporter.write(directory / manifest.METRICS)
+        if stage_state is not None:
+            (directory / f"{STAGE_STATE}{self.world.rank:05d}.json").write_text(json.dumps(stage_state))
         self._publishing = self._publisher.submit(self._publish, progress.step, directory, state, self.reporter.seconds)
 
     def wait(self) -> None:

@@ -1,0 +1,316 @@
+"""Sampling without vLLM, and the turns that every engine takes.
+
+A completion goes turn by turn: the engine samples until a stop token; after a call of a tool the tool's answer is put
+in, and the engine goes on in the same batch as all others. `complete` keeps these rules for every engine, a `Sampler`
+only continues lists of tokens. `TorchSampler` is one in plain torch, with a cache of keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.hf import engine_state, from_pretrained, load_hf_state
+from models.layers import LanguageModel
+
+ROWS = 256  # sequences that are sampled at once
+CACHE_BYTES = 1 << 30  # of keys and values; fewer rows where these would need more
+
+
+@dataclass
+class Completion:
+    """What followed a prompt. `sampled` is 1 where the model chose the token, 0 where a tool's result was put in.
+
+    `logprobs` are the sampler's, in nats, at temperature 1 over the whole vocabulary; 0 where nothing was chosen.
+    `finished` says that the model ended it itself.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+    weight_version: int = 0
+
+    def extend(self, tokens: Sequence[int], logprobs: Sequence[float] | None) -> None:
+        self.tokens += tokens
+        self.sampled += [int(logprobs is not None)] * len(tokens)
+        self.logprobs += logprobs if logprobs is not None else [0.0] * len(tokens)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """When the model's turn is over: at `end`, which ends the completion, and at `call[1]`, which ends a call.
+
+    `answer` maps the ids within a call to those put in after it; `call` is None where there are no tools.
+    """
+
+    end: int
+    call: tuple[int, int] | None
+    answer: Callable[[list[int]], list[int]]
+
+    @property
+    def stops(self) -> list[int]:
+        return [self.end] if self.call is None else [self.end, self.call[1]]
+
+    def reply(self, tokens: list[int]) -> list[int] | None:
+        """What is put in after these tokens of a completion before it goes on; None when they do not end in a call."""
+        if self.call is None or tokens[-1:] != [self.call[1]]:
+            return None
+        if self.call[0] not in tokens:  # an end without a beginning
+            return []
+        start = len(tokens) - tokens[::-1].index(self.call[0])
+        return self.answer(tokens[start:-1])
+
+
+class Sampler(Protocol):
+    """Continues lists of tokens, all in one batch."""
+
+    def add(self, key: int, tokens: list[int], room: int, seed: int | None) -> None:
+        """Has `tokens` continued by at most `room` more; greedily where `seed` is None. A key may come again, with a
+        list that continues what came out for it."""
+
+    def step(self) -> list[tuple[int, list[int], list[float]]]:
+        """Goes on with every list; (key, new tokens, their logprobs) of those that reached a stop or their room."""
+
+
+class Engine(Protocol):
+    """A model that samples, on one device."""
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Replaces all weights (by their names in `models.hf.engine_state`)."""
+
+    def loaded(self) -> None:
+        """Drops what was computed with other weights."""
+
+    def weights(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """The weights that the engine computes with, by the names and shapes of `load`."""
+
+    def sampler(self, stops: Sequence[int], length: int) -> Sampler:
+        """Continues lists to at most `length` tokens, new ones included, stopping after each of `stops`."""
+
+    def rest(self) -> None:
+        """Leaves the device's memory to the trainer until the next call."""
+
+
+def complete(
+    sampler_of: Callable[[Sequence[int], int], Sampler],
+    turns: Turns,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[tuple[int, ...]],
+    samples: int,
+    max_new_tokens: int,
+    context: int,
+    greedy: bool = False,
+) -> list[list[Completion]]:
+    """`samples` completions of each prompt, none longer than `max_new_tokens` (tools' results included) or the
+    `context`. Every turn's random numbers come from the prompt's seed, the sample's number and the turn's place, so
+    the same weights give the same completions whatever else is in the batch. `sampler_of` is an engine's `sampler`."""
+    done = [[Completion() for _ in range(samples)] for _ in prompts]
+    limits = [max(0, min(max_new_tokens, context - len(prompt))) for prompt in prompts]
+    longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
+    sampler, pending = sampler_of(turns.stops, longest), 0
+
+    def go_on(i: int, j: int) -> int:
+        tokens = done[i][j].tokens
+        room = limits[i] - len(tokens)
+        if room > 0:
+            seed = None if greedy else _seed(*seeds[i], j, len(tokens))
+            sampler.add(i * samples + j, prompts[i] + tokens, room, seed)
+        return int(room > 0)
+
+    for i, j in product(range(len(prompts)), range(samples)):
+        pending += go_on(i, j)
+    while pending:
+        for key, tokens, logprobs in sampler.step():
+            i, j = divmod(key, samples)
+            completion = done[i][j]
+            completion.extend(tokens, logprobs)
+            completion.finished = tokens[-1] == turns.end
+            pending -= 1
+            reply = turns.reply(completion.tokens)
+            if reply is not None:
+                completion.extend(reply, None)
+                pending += go_on(i, j)
+    for limit, group in zip(limits, done, strict=True):
+        for completion in group:  # a tool's result may run past the limit
+            del completion.tokens[limit:], completion.sampled[limit:], completion.logprobs[limit:]
+    return done
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+@dataclass
+class _Row:
+    """A list of tokens at its place in the cache, which holds the first `cached` of them. Idle when `room` is 0."""
+
+    key: int
+    tokens: list[int]
+    cached: int
+    room: int = 0
+    draws: np.ndarray | None = None  # uniform numbers of the turn's tokens; None: greedy
+    logprobs: list[float] = field(default_factory=list)  # of the turn's tokens
+
+    def begin(self, tokens: list[int], room: int, seed: int | None) -> None:
+        self.tokens, self.room, self.logprobs = [*tokens], room, []
+        self.draws = None if seed is None else np.random.default_rng(seed).random(room)
+
+
+class TorchSampler:
+    """Continues lists of at most `length` tokens, new ones included.
+
+    Each step feeds one token of every row: a token just sampled, or the next of what was put in. Prompts are computed
+    in one pass, each only once however many samples it has. Rows that are idle leave when a quarter are.
+    """
+
+    def __init__(self, model: LanguageModel, stops: Sequence[int], length: int) -> None:
+        self.model, self.stops, self.length = model, frozenset(stops), length
+        self.device = model.lm_head.weight.device
+        self.most = max(1, min(ROWS, CACHE_BYTES // (model.spec.kv_bytes_per_token * max(1, length))))
+        self.waiting: list[_Row] = []
+        self.rows: list[_Row] = []
+        # of each layer, keys and values (rows, length, kv_heads, head_dim)
+        self.cache: list[tuple[Tensor, Tensor]] = [self._empty(0) for _ in range(model.spec.layers)]
+
+    def add(self, key: int, tokens: list[int], room: int, seed: int | None) -> None:
+        row = next((row for row in self.rows if row.key == key), None)
+        if row is None:
+            row = _Row(key, [], 0)
+            self.waiting.append(row)
+        row.begin(tokens, room, seed)
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[int, list[int], list[float]]]:
+        self._regroup()
+        rows = self.rows
+        fed = torch.tensor([[row.tokens[row.cached] for row in rows]], device=self.device).T
+        positions = torch.tensor([[row.cached for row in rows]], device=self.device).T
+        logprobs = self.model.scores(self._hidden(self.cache, fed, positions))[:, 0].log_softmax(-1)
+        # Greedy, or the token in whose share of the distribution the row's number falls.
+        due = [row.room > 0 and row.cached == len(row.tokens) - 1 for row in rows]
+        drawn = [
+            row.draws[len(row.logprobs)] if now and row.draws is not None else -1.0
+            for row, now in zip(rows, due, strict=True)
+        ]
+        uniform = torch.tensor(drawn, dtype=torch.float64, device=self.device)[:, None]
+        shares = logprobs.double().exp().cumsum(-1)
+        chosen = torch.searchsorted(shares, uniform * shares[:, -1:], right=True).clamp(max=logprobs.size(-1) - 1)
+        chosen = torch.where(uniform < 0, logprobs.argmax(-1, keepdim=True), chosen)
+        ended = []
+        values = zip(rows, due, chosen[:, 0].tolist(), logprobs.gather(1, chosen)[:, 0].tolist(), strict=True)
+        for row, now, token, logprob in values:
+            row.cached = min(row.cached + 1, len(row.tokens) - 1 + now)
+            if now:
+                row.tokens.append(token)
+                row.logprobs.append(logprob)
+                row.room = 0 if token in self.stops else row.room - 1
+                if not row.room:
+                    ended.append((row.key, row.tokens[-len(row.logprobs) :], row.logprobs))
+        return ended
+
+    def _regroup(self) -> None:
+        """Lets rows that are idle go and those that wait come in, where that is worth a copy of the cache."""
+        kept = [n for n, row in enumerate(self.rows) if row.room]
+        if 4 * len(kept) > 3 * len(self.rows):
+            return
+        new, self.waiting = self.waiting[: self.most - len(kept)], self.waiting[self.most - len(kept) :]
+        prompts = {tuple(row.tokens[:-1]): None for row in new}  # the last token is fed by the next step
+        places = {prompt: n for n, prompt in enumerate(prompts)}
+        computed = self._prefill([list(prompt) for prompt in prompts])
+        copies = [places[tuple(row.tokens[:-1])] for row in new]
+        self.cache = [
+            (torch.cat((k[kept], new_k[copies])), torch.cat((v[kept], new_v[copies])))
+            for (k, v), (new_k, new_v) in zip(self.cache, computed, strict=True)
+        ]
+        for row in new:
+            row.cached = len(row.tokens) - 1
+        self.rows = [self.rows[n] for n in kept] + new
+
+    def _prefill(self, prompts: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
+        """The cache of these prompts."""
+        cache = [self._empty(len(prompts)) for _ in range(self.model.spec.layers)]
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        if longest:
+            ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+            for row, prompt in zip(ids, prompts, strict=True):
+                row[: len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+            self._hidden(cache, ids.to(self.device), torch.arange(longest, device=self.device).expand_as(ids))
+        return cache
+
+    def _hidden(self, cache: list[tuple[Tensor, Tensor]], ids: Tensor, positions: Tensor) -> Tensor:
+        """ids and positions (B, T) → normalised residual (B, T, width), with all that lies before in the cache in view;
+        their keys and values are added to the cache."""
+        model = self.model
+        used = int(positions.max()) + 1
+        # what lies behind a row's own position is of an earlier row, or padding
+        mask = (torch.arange(used, device=self.device) <= positions[..., None])[:, None]  # (B, 1, T, used)
+        cos, sin = (None if table is None else table[positions] for table in (model.cos, model.sin))
+        x = model.embed(ids, positions)
+        for block, (keys, values) in zip(model.model.layers, cache, strict=True):
+            x = block(x, cos, sin, partial(_attend, keys, values, positions, mask))
+        normed: Tensor = model.model.norm(x)
+        return normed
+
+    def _empty(self, rows: int) -> tuple[Tensor, Tensor]:
+        spec, weight = self.model.spec, self.model.lm_head.weight
+        shape = (rows, self.length, spec.kv_heads, spec.head_dim)
+        return weight.new_zeros(shape), weight.new_zeros(shape)
+
+
+def _attend(keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of q (B, T, H, D) to the cache, once k and v (B, T, KV, D) lie in it at `positions` (B, T)."""
+    rows = torch.arange(len(q), device=q.device)[:, None]
+    keys[rows, positions], values[rows, positions] = k, v
+    used = mask.size(-1)
+    q, k, v = (t.transpose(1, 2) for t in (q, keys[:, :used], values[:, :used]))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+class TorchEngine:
+    """The model saved in `directory`, in bf16 on a GPU, in fp32 on a CPU."""
+
+    def __init__(self, directory: Path, on_gpu: bool) -> None:
+        device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+        self.model = from_pretrained(directory, dtype).to(device)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        load_hf_state(self.model, state)
+
+    def loaded(self) -> None:
+        pass
+
+    def weights(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        return engine_state(self.model.spec, dict(self.model.named_parameters()))
+
+    def sampler(self, stops: Sequence[int], length: int) -> Sampler:
+        return TorchSampler(self.model, stops, length)
+
+    def rest(self) -> None:
+        pass
+
+
+def generate(
+    model: LanguageModel,
+    turns: Turns,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[tuple[int, ...]],
+    samples: int,
+    max_new_tokens: int,
+    greedy: bool = False,
+) -> list[list[Completion]]:
+    """`samples` completions of each prompt by `model`, on its device and in its dtype; `seeds` has one for each prompt.
+
+    Sampled at temperature 1 from the whole vocabulary.
+    """
+    sampler_of = partial(TorchSampler, model)
+    return complete(sampler_of, turns, prompts, seeds, samples, max_new_tokens, model.spec.sequence_len, greedy)

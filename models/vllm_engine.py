@@ -1,0 +1,152 @@
+"""vLLM as an engine of models/generate.py, in this process.
+
+vllm is imported when an engine is made: only the process that samples has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.generate import ROWS, Sampler
+from models.hf import read_spec
+from models.vllm_plugin import register
+
+# what the process needs in its environment, before vllm or torch is imported
+GPU_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+CPU_ENV = GPU_ENV | {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+CPU_KV_BYTES = 1 << 30  # at most, where two whole sequences fit; pages are taken when they are written
+TABLES = ("embed_tokens", "wte")  # looked up, not multiplied with
+CONV1D = ("c_attn", "c_proj", "c_fc")  # GPT-2's linear layers, which lie transposed in its export
+
+
+class VLLMEngine:
+    """The model saved in `directory`, in bf16 on a GPU, in fp32 on a CPU; `shared` where a trainer uses the GPU too."""
+
+    def __init__(self, directory: Path, on_gpu: bool, shared: bool) -> None:
+        from vllm import LLM
+
+        register()  # a worker may run this package's files without its entry points
+        spec = read_spec(directory)
+        self.stops: list[int] = []
+        self.sleeps, self.asleep = on_gpu and shared, False
+        settings: dict[str, Any] = {
+            "dtype": "bfloat16",
+            "gpu_memory_utilization": 0.35 if shared else 0.9,
+            "enable_sleep_mode": self.sleeps,
+            "weight_transfer_config": {"backend": "ipc" if shared else "nccl"},
+        }
+        if not on_gpu:
+            # fp32, so that sampler and trainer agree to 1e-5; a fixed cache, without which vLLM does not start
+            row = spec.kv_bytes_per_token * (spec.sequence_len + 32)
+            rows = max(2, min(ROWS, CPU_KV_BYTES // row))
+            settings = {"dtype": "float32", "kv_cache_memory_bytes": rows * row, "block_size": 32}
+        self.llm = LLM(
+            str(directory),
+            skip_tokenizer_init=True,
+            enforce_eager=not on_gpu,
+            max_model_len=spec.sequence_len,
+            max_num_seqs=ROWS,
+            enable_chunked_prefill=on_gpu,  # with it, a request's own seed crashes the CPU engine
+            **settings,
+        )
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.call("reload_weights", weights_iterator=list(state.items()))
+
+    def call(self, method: str, **arguments: Any) -> None:
+        """Calls a method of vLLM's worker."""
+        self._wake()
+        self.llm.collective_rpc(method, kwargs=arguments)
+
+    def loaded(self) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: completions would mix old and new weights")
+
+    def weights(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        self._wake()
+        found: list[dict[str, Tensor]] = self.llm.collective_rpc(
+            lambda worker: vllm_weights(worker.model_runner.get_model(), shapes)
+        )
+        return found[0]
+
+    def sampler(self, stops: Sequence[int], length: int) -> Sampler:
+        self._wake()
+        self.stops = [*stops]
+        return self
+
+    def add(self, key: int, tokens: list[int], room: int, seed: int | None) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0.0 if seed is None else 1.0,
+            max_tokens=room,
+            seed=seed,
+            stop_token_ids=self.stops,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self.llm.llm_engine.add_request(str(key), {"prompt_token_ids": tokens}, params)
+
+    def step(self) -> list[tuple[int, list[int], list[float]]]:
+        ended = []
+        for request in self.llm.llm_engine.step():
+            turn = request.outputs[0]
+            tokens = list(turn.token_ids)
+            logprobs = [scores[token].logprob for token, scores in zip(tokens, turn.logprobs, strict=True)]
+            ended.append((int(request.request_id), tokens, logprobs))
+        return ended
+
+    def rest(self) -> None:
+        if self.sleeps:
+            self.llm.sleep(level=1)  # level 2 forgets the weights, and a rollout may follow without new ones
+            self.asleep = True
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+
+@torch.no_grad()
+def vllm_weights(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The weights of a running vLLM model by the names and `shapes` that a trainer sends: fused ones apart, GPT-2's
+    transposed, without padding rows. RuntimeError where the engine has a parameter that none of these fills."""
+    packed = getattr(model, "packed_modules_mapping", None) or {}
+    fused = {part: (whole, parts) for whole, parts in packed.items() for part in parts}
+    found, filled = {}, set()
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition(".")
+        parent, _, leaf = module.rpartition(".")
+        whole, parts = fused.get(leaf, (leaf, [leaf]))
+        path = f"{parent}.{whole}" if parent else whole
+        before = [shapes[f"{parent}.{part}.{kind}"][0] for part in parts[: parts.index(leaf)]]
+        layer, conv1d = model.get_submodule(path), leaf in CONV1D and kind == "weight"
+        weight = _matrix(layer, shape[0 if conv1d else 1]) if _is_product(layer, leaf, kind) else getattr(layer, kind)
+        found[name] = weight.T if conv1d else weight[sum(before) : sum(before) + shape[0]]
+        filled.add(f"{path}.{kind}")
+    if missing := {name for name, _ in model.named_parameters(remove_duplicate=False)} - filled:
+        raise RuntimeError(f"the engine has parameters that the trainer never sends: {', '.join(sorted(missing))}")
+    return found
+
+
+def _is_product(layer: nn.Module, leaf: str, kind: str) -> bool:
+    """Whether vLLM multiplies with a packed copy of this weight, as it does on CPUs: its parameter may be empty."""
+    return kind == "weight" and leaf not in TABLES and hasattr(layer, "cpu_linear")
+
+
+def _matrix(layer: Any, inputs: int) -> Tensor:
+    """The weight (out, in) that a layer multiplies with: its product with the identity."""
+    weight: Tensor = layer.cpu_linear(torch.eye(inputs, dtype=layer.weight.dtype), layer.weight, None)
+    return weight.T

@@ -1,0 +1,55 @@
+"""What samples say of a model: estimates without bias, and how far they can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+NORMAL_95 = 1.959964  # standard deviations that hold 95% of a normal distribution
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of pass@k from `correct` of `samples` (Chen et al., arXiv 2107.03374, equation 1)."""
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def maj_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> float:
+    """Unbiased estimate of maj@k: how often the most frequent answer of k samples is right (arXiv 2203.11171).
+
+    The mean over all sets of k of the samples, counted and not drawn. A tie is decided by lot, None has no vote, and
+    where nobody votes nothing is right. An answer that is right in some samples only counts by their share.
+    """
+    counts = Counter(answer for answer in answers if answer is not None)
+    silent, total = len(answers) - counts.total(), 0.0
+    for answer, count in counts.items():
+        correct = sum(r for a, r in zip(answers, right, strict=True) if a == answer)
+        others = [c for a, c in counts.items() if a != answer]
+        for votes in range(1, min(count, k) + 1) if correct else ():
+            sets = math.comb(count, votes) * _won(votes, others, silent, k - votes)
+            total += correct / count * sets
+    return total / math.comb(len(answers), k)
+
+
+def _won(votes: int, others: list[int], silent: int, rest: int) -> float:
+    """The ways to take `rest` of the other samples so that `votes` win; with t others in a tie, 1 / (t + 1) each."""
+    ways = {(0, 0): 1}  # (samples taken, answers with as many votes) → ways
+    for count in others:
+        more: Counter[tuple[int, int]] = Counter()
+        for (taken, ties), so_far in ways.items():
+            for n in range(min(count, votes, rest - taken) + 1):
+                more[taken + n, ties + (n == votes)] += so_far * math.comb(count, n)
+        ways = more
+    return sum(w * math.comb(silent, rest - taken) / (ties + 1) for (taken, ties), w in ways.items())
+
+
+def interval(mean: float, count: int) -> tuple[float, float]:
+    """95% confidence interval of a mean over `count` problems of values from 0 to 1 (Wilson 1927, score interval).
+
+    It is made for zeros and ones. Other values of the same mean vary less (Bhatia and Davis 2000), so for pass@k with
+    many samples it is too wide rather than too narrow; and it has a width where all values agree.
+    """
+    z2 = NORMAL_95**2 / count
+    centre = (mean + z2 / 2) / (1 + z2)
+    half = math.sqrt(z2 * mean * (1 - mean) + z2 * z2 / 4) / (1 + z2)
+    return max(0.0, centre - half), min(1.0, centre + half)

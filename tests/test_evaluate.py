@@ -1,0 +1,290 @@
+"""Evaluation: its estimates by counting, what `measure` makes of real completions, and the pages to look at."""
+
+from __future__ import annotations
+
+import random
+import re
+import statistics
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from itertools import combinations
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+
+from corpus.synthetic import Split
+from corpus.tokenizers import Tokenizer
+from models.build import build
+from models.generate import Completion, Turns, generate
+from models.spec import ModelSpec
+from stages import report
+from stages.config import EvaluateConfig
+from stages.evaluate import graded, measure
+from stages.training.parallel import World
+from tasks.arithmetic import Arithmetic
+from tasks.base import Problem, Tool
+from tasks.estimates import interval, maj_at_k, pass_at_k
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.parametrize(("samples", "k"), [(1, 1), (4, 1), (5, 3), (6, 6)])
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_answer(samples: int, k: int) -> None:
+    for correct in range(samples + 1):
+        subsets = [any(i < correct for i in chosen) for chosen in combinations(range(samples), k)]
+        assert pass_at_k(samples, correct, k) == pytest.approx(statistics.mean(subsets)), correct
+
+
+def by_vote(answers: Sequence[str | None], right: Sequence[bool]) -> float:
+    """How often a vote over all answers is right, ties decided by lot."""
+    votes = Counter(a for a in answers if a is not None)
+    best = [a for a, count in votes.items() if count == max(votes.values())]
+    return statistics.mean([any(r for a, r in zip(answers, right, strict=True) if a == b) for b in best] or [0.0])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_maj_at_k_is_the_share_of_subsets_whose_vote_is_right(seed: int) -> None:
+    rng = random.Random(seed)
+    answers = rng.choices(["1", "2", "3", None], [4, 3, 2, 2], k=8)
+    right = [a == "1" for a in answers]
+    for k in range(1, 9):
+        votes = [by_vote([answers[i] for i in s], [right[i] for i in s]) for s in combinations(range(8), k)]
+        assert maj_at_k(answers, right, k) == pytest.approx(statistics.mean(votes)), k
+
+
+def test_maj_at_k_by_hand() -> None:
+    assert maj_at_k(["7", "7", "3"], [True, True, False], 3) == 1.0
+    assert maj_at_k(["7", "3", "5"], [True, False, False], 3) == pytest.approx(1 / 3)
+    assert maj_at_k(["7", None, None], [True, False, False], 3) == 1.0
+    assert maj_at_k([None, None], [True, True], 2) == 0.0
+
+
+def test_the_interval_by_hand() -> None:
+    """Against the roots of |mean - p| = 1.96 · sqrt(p (1 - p) / n), which define it."""
+    assert interval(0.5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-6)
+    assert interval(0.0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    assert interval(1.0, 10) == pytest.approx((0.722467, 1.0), abs=1e-6)
+    for mean, count in ((0.3, 50), (0.9, 200)):
+        for bound in interval(mean, count):
+            assert abs(mean - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / count) ** 0.5)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.7])
+def test_the_interval_holds_the_truth_nineteen_times_in_twenty(p: float) -> None:
+    rng, held = random.Random(0), 0
+    for _ in range(2_000):
+        low, high = interval(sum(rng.random() < p for _ in range(64)) / 64, 64)
+        held += low <= p <= high
+    assert 0.93 < held / 2_000 < 0.98
+
+
+# --- measure, of a real model ----------------------------------------------------------------------------------------
+
+
+class Letters:
+    """Problems that a model without any training solves now and then."""
+
+    tools: Mapping[str, Tool] = MappingProxyType({})
+
+    def problems(self, split: Split) -> list[Problem]:
+        return Arithmetic(10, 10).problems(split)
+
+    def render(self, problem: Problem) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": problem.question[:20]}]
+
+    def grade(self, problem: Problem, completion: str) -> dict[str, float]:
+        return {"reward": len(completion) % 3 / 2, "long": float(len(completion) > 8)}
+
+    def answer(self, completion: str) -> str | None:
+        return str(len(completion) % 3) if len(completion) > 2 else None
+
+
+class Sampler:
+    """The torch engine in this process, as a pool. One token in eight ends a completion."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.model = build(ModelSpec("depth", 1, 32, 2, 2, 64, tokenizer.vocab_size, sequence_len=96, softcap=15.0))
+        self.model.init_weights(0)
+
+    def sample(self, prompts: Any, seeds: Any, samples: int, limit: int, greedy: bool = False) -> Any:
+        groups = generate(self.model, Turns(0, None, lambda call: []), prompts, seeds, samples, limit, greedy)
+        for completion in (c for group in groups for c in group):
+            ends = [i for i, token in enumerate(completion.tokens, 1) if token % 8 == 0]
+            completion.finished = bool(ends)
+            del completion.tokens[ends[0] if ends else limit :]
+        return groups
+
+
+CONFIG = EvaluateConfig(problems=7, samples=5, max_new_tokens=12)
+
+
+def measured(world: World, greedy: bool = True) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    tokenizer = Tokenizer.train(["How many are there? " * 20], 280)
+    problems = Letters().problems("test")
+    return measure(Sampler(tokenizer), Letters(), problems, tokenizer, CONFIG, 0, world, greedy)  # type: ignore[arg-type]
+
+
+ALONE = World(0, 1, torch.device("cpu"), threads=1)
+
+
+def test_the_figures_are_those_of_the_completions() -> None:
+    metrics, records = measured(ALONE)
+    assert metrics["problems"] == len(records) == 7
+    assert all(len(r["greedy"]) == 1 and len(r["samples"]) == 5 for r in records)
+    samples = [s for r in records for s in r["samples"]]
+    assert len({s["text"] for s in samples}) > 20 and {s["finished"] for s in samples} == {True, False}
+    solved = [[s["grades"]["reward"] >= 1 for s in r["samples"]] for r in records]
+    assert 0 < metrics["sampled_pass_at_1"] == pytest.approx(statistics.mean(x for row in solved for x in row))
+    assert metrics["pass_at_5"] == pytest.approx(statistics.mean(map(any, solved)))
+    assert metrics["sampled_pass_at_1"] < metrics["pass_at_2"] < metrics["pass_at_4"] < metrics["pass_at_5"]
+    votes = [maj_at_k([s["answer"] for s in r["samples"]], row, 5) for r, row in zip(records, solved, strict=True)]
+    assert metrics["maj_at_5"] == pytest.approx(statistics.mean(votes))
+    assert metrics["sampled_reward"] == pytest.approx(statistics.mean(s["grades"]["reward"] for s in samples))
+    assert metrics["sampled_long"] == pytest.approx(statistics.mean(s["grades"]["long"] for s in samples))
+    assert metrics["sampled_answered"] == pytest.approx(statistics.mean(s["answer"] is not None for s in samples))
+    shares = [n for n in metrics if re.fullmatch(r"(sampled_)?pass_at_\d+|maj_at_\d+", n)]
+    assert len(shares) == 2 + 3 + 3
+    for name in shares:
+        assert (metrics[f"{name}_low"], metrics[f"{name}_high"]) == interval(metrics[name], 7)
+
+
+def test_without_greedy_completions_only_their_figure_is_missing() -> None:
+    whole, _ = measured(ALONE)
+    part, records = measured(ALONE, greedy=False)
+    assert part == {n: value for n, value in whole.items() if not n.startswith("pass_at_1")}
+    assert all(r["greedy"] == [] for r in records)
+
+
+@dataclass(frozen=True)
+class Half(World):
+    """One rank of two; `gathered` is what it gives to the other."""
+
+    gathered: list[torch.Tensor] = field(default_factory=list)
+
+    def gather(self, value: torch.Tensor) -> torch.Tensor:
+        self.gathered.append(value)
+        return value
+
+
+def test_two_ranks_between_them_ask_and_find_what_one_does() -> None:
+    whole = Half(0, 1, torch.device("cpu"), threads=1)
+    halves = [Half(rank, 2, torch.device("cpu"), threads=1) for rank in range(2)]
+    _, records = measured(whole)
+    assert [r for half in halves for r in measured(half)[1]] == records
+    [rows] = whole.gathered
+    torch.testing.assert_close(torch.cat([half.gathered[0] for half in halves]), rows, atol=0, rtol=0)
+
+
+def test_what_was_cut_off_earns_nothing_and_does_not_vote() -> None:
+    tokenizer = Tokenizer.train(["#### 12 and so on " * 20], 300)
+    problem, tokens = Problem("?", "#### 12"), tokenizer.encode("#### 12")
+    for finished in (True, False):
+        completion = Completion(tokens, [1] * len(tokens), [0.0] * len(tokens), finished)
+        record = graded(Arithmetic(1, 1), problem, completion, tokenizer)
+        assert record["grades"] == dict.fromkeys(("reward", "strict", "lenient"), float(finished))
+        assert record["answer"] == ("12" if finished else None)
+        assert record["text"] == "#### 12"
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+def steps(count: int) -> list[dict[str, Any]]:
+    """Records of RL as far as the page knows their names."""
+    rng = random.Random(0)
+    every = ("reward", "reward_lenient", "mixed_groups", "entropy", "logprob_difference", "rollout_ms", "train_ms")
+    records: list[dict[str, Any]] = []
+    for step in range(count):
+        if step % 10 == 0:
+            records.append({"step": step, "pass_at_4": 0.5, "pass_at_4_low": 0.4, "pass_at_4_high": 0.6})
+        records.append({"step": step} | {name: rng.random() for name in every})
+    return records
+
+
+def texts(page: str) -> list[str]:
+    root = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    return ["".join(node.itertext()).strip() for node in root.iter(f"{SVG}text")]
+
+
+@pytest.mark.parametrize("count", [1, 12, 100])
+def test_the_plots_have_titles_axes_and_the_names_of_their_curves(tmp_path: Path, count: int) -> None:
+    report.plots(steps(count), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    said = texts(page)
+    titles = ["Reward of the training samples", "Entropy of the policy", "Where a step's time goes"]
+    assert all(title in said for title in titles)
+    assert said.count("step") == 6, "a panel for each, and none for what was not recorded"
+    assert "Throughput" not in said and "Importance ratio" not in said
+    assert {"nats a token", "seconds", "share solved"} <= set(said)
+    assert {"reward", "reward_lenient", "rollout", "train"} <= set(said)
+    assert not re.findall(r"(?:src|href)=\"(?!#)", page), "the page needs another file"
+
+
+def test_the_plots_have_the_curve_that_was_recorded(tmp_path: Path) -> None:
+    records = [{"step": step, "entropy": value} for step, value in enumerate((1.0, 3.0, 2.0))]
+    report.plots(records, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    [line] = re.findall(r'<g id="line2d_\d+">\s*<path d="([^"]*)" clip-path', page)[-1:]
+    points = [tuple(map(float, p.split())) for p in re.findall(r"[ML] ([\d. ]+)", line)]
+    assert len(points) == 3
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert x1 - x0 == pytest.approx(x2 - x1) and y0 - y1 == pytest.approx(2 * (y0 - y2), rel=1e-3) and y1 < y2 < y0
+
+
+def test_the_page_is_the_same_for_the_same_records(tmp_path: Path) -> None:
+    pages = [tmp_path / "one.html", tmp_path / "two.html"]
+    for page in pages:
+        report.plots(steps(30), page)
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+
+
+class Reader(HTMLParser):
+    """The rows of a table page: attributes of every problem, and the cells of its table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problems: list[tuple[str | None, list[str]]] = []
+        self.scripts, self.inside = 0, ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.inside = tag
+        self.scripts += tag == "script"
+        if tag == "details":
+            self.problems.append((dict(attributes)["data-solved"], []))
+        elif tag == "td":
+            self.problems[-1][1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "td":
+            self.problems[-1][1][-1] += data
+
+
+def test_the_table_shows_every_completion_with_its_grades_as_text(tmp_path: Path) -> None:
+    def completion(text: str, reward: float, finished: bool = True) -> dict[str, Any]:
+        return {"text": text, "tokens": 9, "finished": finished, "answer": None, "grades": {"reward": reward}}
+
+    evil = '</td><script>alert("&lt;")</script>'
+    problem = {"question": evil, "answer": "#### 4"}
+    records = [
+        problem | {"greedy": [completion(evil, 1.0)], "samples": [completion("a\n b", 1.0)]},
+        problem | {"greedy": [completion("c", 0.0)], "samples": [completion("d", 1.0), completion("e", 0.1, False)]},
+        problem | {"greedy": [], "samples": [completion("f", 0.5)]},
+    ]
+    report.table(records, tmp_path / "table.html")
+    page = Reader()
+    page.feed((tmp_path / "table.html").read_text())
+    assert page.problems == [
+        ("yes", [evil, "greedy", "9", "1", "a\n b", "sample", "9", "1"]),
+        ("some", ["c", "greedy", "9", "0", "d", "sample", "9", "1", "e", "sample, cut off", "9", "0.1"]),
+        ("no", ["f", "sample", "9", "0.5"]),
+    ]
+    assert page.scripts == 1
