@@ -20,7 +20,7 @@ Bytes are of one device; a GB is 1e9 bytes.
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from models.spec import ModelSpec
 
@@ -34,6 +34,10 @@ MUON_STACKS = 5  # fp32 copies of a stack of matrices alive while its update is 
 # torch and its libraries; measured.
 PROCESS_BYTES = {"cuda": 1.2e9, "cpu": 0.61e9}
 COMPILER_BYTES = {"cuda": 0.0, "cpu": 0.06e9}  # where it compiles; on a GPU that is the host's memory; measured
+# Of an engine beside RL's learner (models.vllm_engine): its share of a GPU while it samples; its process on a CPU,
+# measured, and at most so much for keys and values of so many rows.
+ENGINE_SHARE = 0.35
+CPU_ENGINE_BYTES, CPU_CACHE_BYTES, ENGINE_ROWS = 0.7e9, 1 << 30, 256
 # Of the rest, what is rounded up or does not fit what is asked for. On a CPU fitted to the peaks of nine small models
 # (bench.plan_vs_measured): operations there have fp32 temporaries, and glibc keeps freed blocks below 32 MB.
 ALLOCATOR = {"cuda": 0.03, "cpu": 0.26}
@@ -57,7 +61,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device at the peak, which is in the "backward" pass or in the "optimizer"."""
+    """Bytes of one device at the peak: in the "backward" pass, in the "optimizer", or while RL is "sampling"."""
 
     weights: float
     gradients: float
@@ -75,6 +79,21 @@ class Memory:
 def memory(spec: ModelSpec, layout: Layout) -> Memory:
     """The largest of the moments."""
     return max(_backward(spec, layout), _end(spec, layout), _step(spec, layout), key=lambda m: m.total)
+
+
+def memory_with_engine(spec: ModelSpec, layout: Layout, available: float, engines: int) -> Memory:
+    """RL where learner and `engines` share the device, of `available` bytes. On a GPU the engine sleeps while the
+    learner works, and takes its share while weights and optimizer wait; on a CPU it stays as it is.
+    """
+    learner = memory(spec, layout)
+    if layout.kind == "cpu":
+        cache = min(CPU_CACHE_BYTES, ENGINE_ROWS * spec.kv_bytes_per_token * spec.sequence_len)
+        each = CPU_ENGINE_BYTES + 4 * spec.parameters + cache
+        return replace(learner, overhead=learner.overhead + engines * each)
+    waiting = _with_overhead(layout, _masters(spec, layout), 0.0, _state(spec, layout), 0.0, 0.0, "sampling")
+    sampling = replace(waiting, overhead=waiting.overhead + ENGINE_SHARE * available)
+    asleep = replace(learner, overhead=learner.overhead + PROCESS_BYTES["cuda"])
+    return max(asleep, sampling, key=lambda m: m.total)
 
 
 def _backward(spec: ModelSpec, layout: Layout) -> Memory:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import tomllib
 from collections.abc import Collection, Iterable
@@ -31,9 +32,10 @@ from pipeline.config import (
     select,
     stage_names,
 )
-from pipeline.memory import GB, Layout, Memory, memory
+from pipeline.memory import GB, Layout, Memory, memory, memory_with_engine
 from pipeline.scaling import characters_per_token, grad_accum_steps, rows_per_rank, spare_shards
 from pipeline.timing import (
+    PROMPT_TOKENS,
     RECOMPUTED,
     SECONDS,
     Calibration,
@@ -45,7 +47,7 @@ from pipeline.timing import (
     sampling_seconds,
     training_seconds,
 )
-from stages.config import NONE, BaseConfig, TuneConfig, base_hours
+from stages.config import NONE, BaseConfig, RLConfig, TuneConfig, base_hours
 from tasks.mixture import SYNTHETIC_ROWS, Part
 
 CHECKPOINTING = ("none", "selective", "full")  # the cheapest first
@@ -114,21 +116,22 @@ def plan(
     steps, tokens, base_seconds = _base(base, spec, config.workers[0], speed)
     price = usd_per_gpu_hour if usd_per_gpu_hour is not None else base.usd_per_worker_hour
     devices = gpus.count if gpus else world
-    available = gpus.memory_bytes / (world if layout.kind == "cpu" else 1) if gpus else None
+    available = _available(gpus, layout)
     fits = used.total <= available if available is not None else None
     if fits is False:
         warnings.append(_too_small(spec, layout, used, available or 0.0, gpus))
     settings, memory_stage = _to_set(config, layout), "base"
     speeds = {}
-    for stage in [s for s in ("mid", "sft") if getattr(config.data, s)]:
-        tuned, need, changes = _tuned(config, stage, spec, layout, available, fixed)
+    for stage in [s for s in ("mid", "sft") if getattr(config.data, s)] + (["rl"] if config.with_rl else []):
+        tuned, need, changes = _tuned(config, stage, spec, layout, gpus, fixed)
         settings += changes
         if available is not None and need.total > available:
             fits = False
             warnings.append(_too_small(spec, tuned, need, available, gpus, f" in {stage}"))
         if need.total > used.total:
             used, memory_stage = need, stage
-        speeds[stage] = achieved.tokens_per_second(spec, tuned) if achieved else None
+        if stage != "rl":
+            speeds[stage] = achieved.tokens_per_second(spec, tuned) if achieved else None
     hours = _hours(config, spec, gpus, layout, achieved, speeds, base_seconds, calibration, warnings)
     total_hours = hours["total"]
     if fits and available is not None and used.total > ROOM * available:
@@ -274,31 +277,62 @@ def _to_set(config: Config, layout: Layout) -> list[str]:
 
 
 def _tuned(
-    config: Config, stage: str, spec: ModelSpec, layout: Layout, available: float | None, fixed: Collection[str]
+    config: Config, stage: str, spec: ModelSpec, layout: Layout, gpus: Gpus | None, fixed: Collection[str]
 ) -> tuple[Layout, Memory, list[str]]:
-    """How mid or sft is laid out: as configured, or where that does not fit like base, with the settings it takes."""
-    train: TuneConfig = getattr(config, stage)
-    assert train.total_batch_size is not None
-    rows = max(1, math.ceil(train.total_batch_size / spec.sequence_len / layout.world))
+    """How mid, sft or rl is laid out: as configured, or where that does not fit like base, with the settings for it."""
+    train: TuneConfig | RLConfig = getattr(config, stage)
+    world, available = layout.world, _available(gpus, layout)
+    if isinstance(train, RLConfig):
+        spec = replace(spec, sequence_len=min(spec.sequence_len, PROMPT_TOKENS + train.max_new_tokens))
+        rows = math.ceil(train.prompts_per_step * train.samples_per_prompt / world)
+        precision = "fp32" if layout.kind == "cpu" else "bf16"
+        layout = replace(layout, compiled=bool(train.compile), precision=precision, cuda_graphs=train.cuda_graphs)
+    else:
+        assert train.total_batch_size is not None
+        rows = max(1, math.ceil(train.total_batch_size / spec.sequence_len / world))
 
     def laid_out(n: int, parallel: str, checkpointing: str) -> Layout:
         return replace(
             layout,
             device_batch_size=n,
             grad_accum_steps=math.ceil(rows / n),
-            parallel=parallel if layout.world > 1 else "ddp",
+            parallel=parallel if world > 1 else "ddp",
             checkpointing=checkpointing,
             optimizer=train.optimizer,
         )
 
-    asked = laid_out(train.device_batch_size, train.parallel, train.checkpointing)
-    need = memory(spec, asked)
+    def needed(laid: Layout) -> Memory:
+        shared = isinstance(train, RLConfig) and gpus is not None and _shares_devices(train, gpus, world)
+        if not shared or available is None or not isinstance(train, RLConfig):
+            need = memory(spec, laid)
+        else:
+            engines = train.actors or (1 if laid.kind == "cuda" else max(1, len(os.sched_getaffinity(0)) // world))
+            need = memory_with_engine(spec, laid, available, engines)
+        reference = isinstance(train, RLConfig) and train.kl_coefficient > 0
+        return replace(need, weights=need.weights + 4.0 * spec.padded_parameters) if reference else need
+
+    asked = laid_out(min(train.device_batch_size, rows), train.parallel, train.checkpointing)
+    need = needed(asked)
     if available is None or need.total <= available or set(CHOSEN) <= set(fixed):
         return asked, need, []
-    n = next(n for n in range(min(rows, layout.device_batch_size), 0, -1) if rows % n == 0)
+    n = next(n for n in range(min(rows, train.device_batch_size, layout.device_batch_size), 0, -1) if rows % n == 0)
     like_base = laid_out(n, layout.parallel, layout.checkpointing)
     changed = [name for name in CHOSEN if getattr(like_base, name) != getattr(asked, name)]
-    return like_base, memory(spec, like_base), [f"{stage}.{name}={getattr(like_base, name)}" for name in changed]
+    return like_base, needed(like_base), [f"{stage}.{name}={getattr(like_base, name)}" for name in changed]
+
+
+def _available(gpus: Gpus | None, layout: Layout) -> float | None:
+    """Bytes of memory that a worker has."""
+    if gpus is None:
+        return None
+    return gpus.memory_bytes / (layout.world if layout.kind == "cpu" else 1)
+
+
+def _shares_devices(rl: RLConfig, gpus: Gpus, world: int) -> bool:
+    """Whether engines sit on the learner's devices: stages.rl.rollout."""
+    if rl.placement == "auto":
+        return gpus.hardware is None or gpus.count <= world
+    return rl.placement == "shared"
 
 
 def _kept(config: Config, fixed: Collection[str]) -> set[str]:
@@ -435,7 +469,7 @@ def _rl_time(
     rl, part = config.rl, config.data.sft.get("gsm8k")
     prompts = (_records(part) if part else None) or RECORDS["hub:openai/gsm8k", "train"]
     values = {name: getattr(rl, name) for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens")}
-    values |= {"eval_samples": config.evaluate.problems * config.evaluate.samples}
+    values |= {"eval_every": rl.eval_every, "eval_samples": rl.eval_problems * rl.eval_samples}
     steps = rl.steps or max(1, prompts // rl.prompts_per_step)
     sampled = calibration.sampled if calibration else None
     layout = replace(layout, checkpointing="none", compiled=False, optimizer=rl.optimizer)
@@ -457,7 +491,7 @@ def _rl(
     if now is None:
         return None
     rl = config.rl
-    every = max(1, now.steps // 10)
+    every = max(1, rl.eval_every // 2 or now.steps // 10)
     changes: dict[str, int] = {
         "samples_per_prompt": 2 * rl.samples_per_prompt,
         "max_new_tokens": 2 * rl.max_new_tokens,
@@ -581,7 +615,7 @@ def overview(numbers: dict[str, Any]) -> str:
     steps = f"{n['steps']:,} of" if n["steps"] else "of"
     total_flops = f", {n['total_flops']:.3g} in all" if n["total_flops"] else ""
     there = "" if n["fits"] is None else f" of {m['available']:,.1f}: {'fits' if n['fits'] else 'DOES NOT FIT'}"
-    when = "in the backward pass" if n["memory_peak"] == "backward" else "in the optimizer's step"
+    moments = {"backward": "in the backward pass", "optimizer": "in the optimizer's step", "sampling": "while sampling"}
     share = f", MFU {n['mfu']:.0%}" if n["mfu"] else ""
     hours = {k: _short(h) for k, h in n["hours"].items() if h is not None}
     rl, missing = n["rl"], "a speed" if n["gpus"] else "--gpus"
@@ -604,7 +638,7 @@ def overview(numbers: dict[str, Any]) -> str:
         "memory of a device, GB": {
             "total": f"{m['total']:,.1f}{there}",
             "of these": ", ".join(f"{k} {_short(v)}" for k, v in m.items() if k not in ("total", "available")),
-            "most is used": f"in {n['memory_stage']}, {when}",
+            "most is used": f"in {n['memory_stage']}, {moments[n['memory_peak']]}",
         },
         "time and money": {
             "speed": n["tokens_per_second"] and f"{n['tokens_per_second']:,.0f} tokens/s{share}: {n['mfu_source']}",

@@ -20,7 +20,7 @@ from cluster.hardware import Gpus, parse, parse_gpus
 from models.spec import ModelSpec
 from pipeline import inverse, plan, timing
 from pipeline.config import Config, load_config, preset_about
-from pipeline.memory import Layout, memory
+from pipeline.memory import Layout, memory, memory_with_engine
 from pipeline.timing import Calibration, Point, Work, read_calibration
 
 ROOT = Path(__file__).parents[1]
@@ -470,3 +470,20 @@ def test_a_plan_answers_in_about_a_second() -> None:
     # what it computes, not how busy the machine is
     used = after.children_user + after.children_system - before.children_user - before.children_system
     assert used < 1.5 and time.perf_counter() - began < 20
+
+
+def test_rl_must_fit_beside_its_engine() -> None:
+    config = load_config(flags={"model": {"depth": 12}, "with_rl": True, "rl": {"samples_per_prompt": 64}})
+    gpus = parse_gpus("H100")
+    numbers = plan.plan(config, gpus)
+    assert numbers["fits"]
+    spec, waiting = config.model.spec(), Layout(16, 1, 1, "ddp", "none", False)
+    beside = memory_with_engine(spec, waiting, gpus.memory_bytes, 1)
+    assert beside.peak == "sampling"
+    resident = 4 * spec.parameters + 4 * spec.matrix_parameters + 8 * spec.embedding_parameters
+    assert beside.total == pytest.approx(0.35 * gpus.memory_bytes + resident, rel=0.05)
+    assert memory_with_engine(spec, waiting, 1e9, 1).total == pytest.approx(memory(spec, waiting).total + 1.2e9)
+    for placement, there, engine in (("auto", "H100", True), ("split", "2xH100", False), ("auto", "2xH100", False)):
+        config = load_config(flags={"model": {"depth": 12}, "with_rl": True, "rl": {"placement": placement}})
+        _, need, _ = plan._tuned(config, "rl", spec, waiting, parse_gpus(there), ())
+        assert (need.total > 0.35 * gpus.memory_bytes) == engine, (placement, there)
