@@ -3,13 +3,19 @@
 One actor on one device, or on one core; the runs compared alternate. The bare engine is the pool's own, given the same
 prompts at once through `LLM.generate`, without seeds, turns or Ray. The model knows nothing, but writes as many calls
 of a tool as asked for; what these cost is told from a pool whose model may call none.
+
+With `--trl PYTHON`, an interpreter whose environment has TRL, a whole step (sampling, learning, sync; on all cores) is
+compared with one of TRL's GRPOTrainer, which generates by itself: same model, prompts, samples and tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +36,12 @@ from models.generate import Completion
 from models.hf import engine_state, save_pretrained
 from models.layers import LanguageModel
 from models.spec import ModelSpec
+from stages.config import RLConfig
+from stages.rl.algorithm import advantages
+from stages.rl.learner import learner_precision, update
 from stages.rl.rollout import RolloutPool
+from stages.training.optimizer import build_optimizer
+from stages.training.parallel import World
 
 TEXT = "The model of this benchmark reads and writes words that mean nothing to it. "
 
@@ -85,6 +96,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens a completion")
     parser.add_argument("--calls", type=float, default=3.0, help="calls of a tool a completion")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--trl", metavar="PYTHON", help="an interpreter that has TRL, to compare a whole step with")
     parser.add_argument("--out", type=Path, help="write the figures as JSON to this file")
     args = parser.parse_args()
 
@@ -99,6 +111,8 @@ def main() -> None:
         runtime.connect()
         try:
             row = measure(Path(directory), model, prompts, args)
+            if args.trl:
+                row |= compare(Path(directory), model, tokenizer, args)
         finally:
             ray.shutdown()
     print(
@@ -107,12 +121,15 @@ def main() -> None:
     print(f"{args.prompts} prompts of {args.prompt_tokens} tokens, {args.samples} x {args.new_tokens} tokens each")
     shown = {
         "vLLM alone": f"{row['bare_tokens_per_second']:,.0f} tokens/s",
-        "pool, vLLM": f"{row['pool_tokens_per_second']:,.0f} tokens/s, {row['of_bare']:.1%} of vLLM alone",
+        "pool, vLLM": f"{row['rollout_tokens_per_second']:,.0f} tokens/s, {row['of_bare']:.1%} of vLLM alone",
         "with calls": f"{row['calls_tokens_per_second']:,.0f} tokens/s, {row['call_cost']:.1%} less; "
         f"{row['calls_a_completion']:.1f} calls a completion",
         "pool, torch": f"{row['torch_tokens_per_second']:,.0f} tokens/s",
         "weight sync": f"{row['sync_seconds']:.3f} s, {row['checked_sync_seconds']:.3f} s with the digest",
     }
+    if args.trl:
+        shown["a step"] = f"{row['step_seconds']:.2f} s, on all cores"
+        shown["TRL's step"] = f"{row['trl_step_seconds']:.2f} s, {row['times_trl']:.1f} times as long"
     for name, value in shown.items():
         print(f"{name:<14}{value}")
     if args.out:
@@ -127,7 +144,7 @@ def measure(
     do in `tokens_per_second` of the RL stage."""
     pool_of = partial(RolloutPool, partial(Path, directory), resources(), 1)
     state = engine_state(model.spec, dict(model.named_parameters()))
-    rates: dict[str, list[float]] = {"bare": [], "pool": [], "calls": [], "torch": []}
+    rates: dict[str, list[float]] = {"bare": [], "rollout": [], "calls": [], "torch": []}
     syncs: dict[bool, list[float]] = {False: [], True: []}
     calls = 0.0
     alone = partial(bare, prompts, args.samples, args.new_tokens)
@@ -139,7 +156,7 @@ def measure(
         for repeat in range(args.repeats + 1):
             tokens, took = ray.get(pool._members[0].handle.__ray_call__.remote(alone))
             found = {"bare": tokens / took}
-            for name, which in (("pool", pool), ("calls", calling), ("torch", plain)):
+            for name, which in (("rollout", pool), ("calls", calling), ("torch", plain)):
                 seeds = [(repeat, i) for i in range(len(prompts))]
                 sample = partial(which.sample, prompts, seeds, args.samples, args.new_tokens)
                 groups, took = seconds(sample)
@@ -156,8 +173,8 @@ def measure(
                     rates[name].append(rate)
     row = {f"{name}_tokens_per_second": statistics.median(of_kind) for name, of_kind in rates.items()}
     return row | {
-        "of_bare": row["pool_tokens_per_second"] / row["bare_tokens_per_second"],
-        "call_cost": 1 - row["calls_tokens_per_second"] / row["pool_tokens_per_second"],
+        "of_bare": row["rollout_tokens_per_second"] / row["bare_tokens_per_second"],
+        "call_cost": 1 - row["calls_tokens_per_second"] / row["rollout_tokens_per_second"],
         "calls_a_completion": calls,
         "sync_seconds": statistics.median(syncs[False]),
         "checked_sync_seconds": statistics.median(syncs[True]),
@@ -167,6 +184,56 @@ def measure(
 def answered(completion: Completion) -> int:
     """Calls after which a result was put in."""
     return sum(before > after for before, after in itertools.pairwise(completion.sampled))
+
+
+def compare(directory: Path, model: LanguageModel, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, float]:
+    """Medians of the seconds of a step, ours and TRL's, after one to warm up."""
+    words = (TEXT * args.prompt_tokens).split()
+    texts = [" ".join(words[i : i + args.prompt_tokens // 2]) for i in range(args.prompts)]
+    ours = statistics.median(own_steps(directory, model, [tokenizer.encode(text) for text in texts], args)[1:])
+    request = {
+        "model": str(directory),
+        "prompts": texts,
+        "samples": args.samples,
+        "new_tokens": args.new_tokens,
+        "steps": args.repeats + 1,
+        "threads": len(os.sched_getaffinity(0)),
+    }
+    (file := directory / "trl.json").write_text(json.dumps(request))
+    command = [args.trl, str(Path(__file__).parent / "trl_step.py"), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{args.trl} {command[1]} failed:\n{done.stderr[-2000:]}")
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    if min(theirs["lengths"]) < args.new_tokens:
+        raise SystemExit(
+            f"TRL's completions have {min(theirs['lengths'])} tokens, not {args.new_tokens}: no comparison"
+        )
+    trl = statistics.median(theirs["seconds"][1:])
+    return {"step_seconds": ours, "trl_step_seconds": trl, "times_trl": trl / ours}
+
+
+def own_steps(directory: Path, model: LanguageModel, prompts: list[list[int]], args: argparse.Namespace) -> list[float]:
+    """Seconds of each step: sampling with an actor a device or core, an update with rewards by chance, the sync."""
+    devices, world = resources(), World.current(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(world.threads)
+    model = model.to(world.device)
+    config, rng = RLConfig(max_new_tokens=args.new_tokens), np.random.default_rng(0)
+    optimizer = build_optimizer(model, config, learner_precision(world), world)
+    actors = 1 if devices.kind == "cuda" else world.threads
+    took = []
+    with RolloutPool(partial(Path, directory), devices, actors, tools={}) as pool:
+        for step in range(args.repeats + 1):
+            began = time.perf_counter()
+            seeds = [(step, i) for i in range(len(prompts))]
+            groups = pool.sample(prompts, seeds, args.samples, args.new_tokens)
+            rewards = torch.from_numpy(rng.integers(2, size=(len(prompts), args.samples))).float().to(world.device)
+            sequences = [prompt for prompt in prompts for _ in range(args.samples)]
+            completions = [c for group in groups for c in group]
+            update(model, optimizer, sequences, completions, advantages(rewards, "mean").flatten(), config, 1e-3, world)
+            pool.sync(engine_state(model.spec, dict(model.named_parameters())), step, check=False)
+            took.append(time.perf_counter() - began)
+    return took
 
 
 if __name__ == "__main__":

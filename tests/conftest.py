@@ -34,6 +34,13 @@ for stage in ("base", "mid", "sft"):
     SETTINGS |= {f"{stage}.eval_rows": 16}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file, and all that branch off from the same run, go to the same of `make test`'s two processes."""
+    for item in items:
+        branches = "line" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("line" if branches else item.path.name))
+
+
 def flags(settings: dict[str, object]) -> list[str]:
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
