@@ -57,7 +57,7 @@ CASES = {
         Case(4, 8),
         Case(6, 8),
         Case(8, 8, calibrates=True),
-        Case(6, 4, "llama", grad_accum_steps=2),
+        Case(6, 8, "llama", grad_accum_steps=2),
         Case(6, 8, "gpt2", checkpointing="full"),
         Case(6, 8, "qwen3"),
         Case(4, 16, compile=True, calibrates=True),
