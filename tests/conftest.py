@@ -34,6 +34,7 @@ for stage in ("base", "mid", "sft"):
     SETTINGS |= {f"{stage}.eval_rows": 16}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one file, and all that branch off from the same run, go to the same of `make test`'s two processes."""
     for item in items:
