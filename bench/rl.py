@@ -196,6 +196,7 @@ def compare(directory: Path, model: LanguageModel, tokenizer: Tokenizer, args: a
         "prompts": texts,
         "samples": args.samples,
         "new_tokens": args.new_tokens,
+        "device_batch_size": RLConfig().device_batch_size,
         "steps": args.repeats + 1,
         "threads": len(os.sched_getaffinity(0)),
     }

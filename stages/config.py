@@ -302,6 +302,16 @@ class RLConfig(OptimizerConfig):
     save_every: int = environment(10, "steps between checkpoints", ge=1)
     keep_last: int = environment(2, "checkpoints kept, besides the best", ge=1)
     environment_timeout: float = environment(30.0, "seconds that a call of the environment's own code may take", gt=0)
+
+    @model_validator(mode="after")
+    def _the_ratio_can_move(self) -> RLConfig:
+        if self.loss != "reinforce" and self.updates_per_step == 1:
+            raise ValueError(
+                f"loss={self.loss} clips how far an update has moved from the policy before the step, which with "
+                "updates_per_step=1 is never: set updates_per_step to 2 or more, or loss=reinforce"
+            )
+        return self
+
     # last, as it hides the function of this name
     environment: EnvironmentFile | None = Field(
         None, description="a Python file with problems and their grading; unset: the problems of data.gsm8k"

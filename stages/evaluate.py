@@ -211,5 +211,5 @@ def graded(environment: Environment, problem: Problem, completion: Completion, t
         "tokens": len(completion.tokens),
         "finished": completion.finished,
         "answer": environment.answer(text) if completion.finished else None,
-        "grades": {name: figure * completion.finished for name, figure in grades.items()},
+        "grades": {name: figure if completion.finished else min(0.0, figure) for name, figure in grades.items()},
     }

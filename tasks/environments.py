@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,7 +98,8 @@ class FileEnvironment:
 
     def close(self) -> None:
         if self._child is not None:
-            self._child.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.process.pid, signal.SIGKILL)  # with what it may have started itself
             self._child.process.wait()
             self._child.connection.close()
             self._child.dump.close()
@@ -116,6 +120,7 @@ class FileEnvironment:
             [sys.executable, "-m", "tasks.host", *map(str, handed), str(self.timeout)],
             stdin=subprocess.DEVNULL,
             pass_fds=handed,
+            start_new_session=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
         )
         there.close()
@@ -123,27 +128,35 @@ class FileEnvironment:
 
     def _ask(self, doing: str, *message: Any) -> Any:
         assert self._child is not None
-        connection = self._child.connection
+        child, late = self._child, threading.Event()
+
+        def give_up() -> None:  # which ends whatever sending or receiving waits for
+            late.set()
+            child.process.kill()
+
+        timer = threading.Timer(self.timeout + GRACE, give_up)
+        timer.start()
         try:
-            connection.send_bytes(json.dumps(message).encode())
-            if not connection.poll(self.timeout + GRACE):
-                raise EOFError
-            reply = json.loads(connection.recv_bytes())
+            child.connection.send_bytes(json.dumps(message).encode())
+            reply = json.loads(child.connection.recv_bytes())
         except (EOFError, OSError):
-            reply = self._end(doing)
+            reply = self._end(doing, late.is_set())
+        finally:
+            timer.cancel()
         if "value" in reply:
             return reply["value"]
         lines = [line.strip() for line in self.file.text.splitlines()[reply["line"] - 1 : reply["line"]]]
         message_of = f"{self.file.path}, line {reply['line']}, {doing}: {reply['message']}"
         raise EnvironmentFault("\n    ".join([message_of, *lines]))
 
-    def _end(self, doing: str) -> dict[str, Any]:
-        """The line and what there is to say of a child that does not answer; it is gone afterwards."""
+    def _end(self, doing: str, late: bool) -> dict[str, Any]:
+        """The line and what there is to say of a child that did not answer, or not in time; it is gone afterwards."""
         assert self._child is not None
         try:
             status = self._child.process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            status = None
+        except subprocess.TimeoutExpired:  # it closed its end and lives on
+            self._child.process.kill()
+            status = self._child.process.wait()
         self._child.dump.seek(0)
         dumped = self._child.dump.read().decode("ascii", "replace")
         self.close()
@@ -153,7 +166,7 @@ class FileEnvironment:
         place = re.search(rf'File "{path}", line (\d+)', frames)
         begins = re.search(rf"^def {doing}\b", self.file.text, re.MULTILINE)
         line = int(place[1]) if place else 1 + self.file.text[: begins.start() if begins else 0].count("\n")
-        if status is None or dumped.startswith("Timeout"):
+        if late or dumped.startswith("Timeout"):
             return {"line": line, "message": f"there is no answer within {self.timeout:g} s"}
         return {"line": line, "message": f"its process ended, with status {status}"}
 

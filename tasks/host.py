@@ -80,6 +80,10 @@ class Host:
             isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str | list) for m in value
         )
         expected = f'a list of {{"role": one of {", ".join(ROLES)}, "content": text or its parts}}'
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            good, expected = False, f"{expected}, in values that JSON has"
         self._check("render", value, good and len(value) > 0, expected)
         return list(value)
 

@@ -288,8 +288,7 @@ def test_the_learners_gradient_is_that_of_the_formula() -> None:
 
 
 def test_a_second_update_is_clipped_against_the_policy_before_the_first() -> None:
-    """With a reference, and completions that were cut off left out. The second half of the sequences is the second
-    update's; old and reference are as they were."""
+    """With a reference, and completions that were cut off left out. Every second sequence is the second update's; old and reference are as they were."""
     settings = {"loss": "ppo_clip", "clip_low": 0.02, "clip_high": 0.03, "kl_coefficient": 0.1, "lr_scale": 0.5}
     config = RLConfig(updates_per_step=2, mask_overlong=True, **settings)
     model, before, reference = (random_model(SPEC, seed=seed) for seed in (1, 1, 2))
@@ -298,10 +297,10 @@ def test_a_second_update_is_clipped_against_the_policy_before_the_first() -> Non
     metrics = update(model, optimizer, prompts, completions, advantage, config, 1.0, ALONE, reference)
 
     kept = [i for i, c in enumerate(completions) if c.finished]
-    halves = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+    halves = kept[0::2], kept[1::2]
     after = random_model(SPEC, seed=1)
     first = Witness(after, group_weights(after, config), ALONE, "ddp", torch.float32)
-    once = RLConfig(**settings)
+    once = config.model_copy(update={"updates_per_step": 1, "mask_overlong": False})
     half = [[items[i] for i in halves[0]] for items in (prompts, completions)]
     update(after, first, *half, advantage[halves[0]], once, 1.0, ALONE, reference)
     total, clipped, tokens = torch.zeros(()), 0, 0
@@ -347,7 +346,7 @@ def weights_after(world: World, parallel: str) -> dict[str, Tensor]:
         prepare(policy, config, "fp32", world)
     optimizer = build_optimizer(model, config, "fp32", world)
     # of either update the first rank has one micro-batch and the second two
-    of_rank = [[*range(0, 2), *range(6, 8)], [*range(2, 6), *range(8, 12)]][world.rank]
+    of_rank = [range(0, 4), range(4, 12)][world.rank]
     mine = of_rank if world.size > 1 else range(12)
     chosen = [[items[i] for i in mine] for items in (prompts, completions)]
     update(model, optimizer, *chosen, advantage[list(mine)], config, 1.0, world, reference)

@@ -61,7 +61,7 @@ def policy_loss(
     asymmetric clip of DAPO, arXiv 2503.14476, section 3.1).
     "gspo": the same of the sequence's ratio s = exp(mean of log r over its sampled tokens), in the token form
     sg[s] · p / sg[p], whose gradient is that of the sequence form where a sequence has one advantage (arXiv 2507.18071,
-    equations 7 and 14).
+    equations 7 and 14); here it counts by its length, as every loss is summed over tokens.
     """
     a = advantage[:, None]
     if kind == "reinforce":

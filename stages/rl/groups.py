@@ -117,17 +117,17 @@ class Groups:
         return kept, self._statistics(drawn) | {"rollout_ms": rollout_ms}
 
     def _grade(self, chosen: list[int], sampled: list[list[Completion]]) -> list[Group]:
-        """An answer that was cut off earns nothing, whatever it holds."""
+        """An answer that was cut off earns nothing, but keeps what it loses: else never to end would pay."""
         groups = []
         for i, completions in zip(chosen, sampled, strict=True):
             graded = [self.environment.grade(self.problems[i], self.tokenizer.decode(c.tokens)) for c in completions]
-            grades = {n: [g[n] * c.finished for g, c in zip(graded, completions, strict=True)] for n in self.figures}
+            pairs = list(zip(graded, completions, strict=True))
+            grades = {n: [g[n] if c.finished else min(0.0, g[n]) for g, c in pairs] for n in self.figures}
             groups.append(Group(self.prompts[i], completions, grades))
         return groups
 
     def _statistics(self, groups: list[Group]) -> dict[str, float]:
-        """Over the completions of all ranks. The entropy is the mean surprise of what was sampled, in nats a token,
-        which has the policy's entropy as its expectation."""
+        """Over the completions of all ranks; entropy is the mean surprise of what was sampled, in nats a token."""
         rows = [
             [len(c.tokens), c.finished, -sum(c.logprobs), sum(c.sampled), *(g.grades[n][i] for n in self.figures)]
             for g in groups

@@ -47,10 +47,11 @@ def update(
     """
     kept = [i for i, c in enumerate(completions) if c.finished or not config.mask_overlong]
     updates, size, advantages = config.updates_per_step, config.device_batch_size, advantage.tolist()
-    parts = [kept[len(kept) * u // updates : len(kept) * (u + 1) // updates] for u in range(updates)]
+    before = int(world.gather(torch.tensor([len(kept)]))[: world.rank].sum())  # a part is the same for any world
+    parts = [[i for place, i in enumerate(kept, start=before) if place % updates == u] for u in range(updates)]
 
     def micro_batches_of(part: list[int]) -> list[dict[str, Tensor]]:
-        taught = [i for i in part if config.kl_coefficient or advantages[i]]
+        taught = [i for i in part if any(completions[i].sampled) and (config.kl_coefficient or advantages[i])]
         # neighbours in length share a micro-batch, which saves padding
         order = sorted(taught, key=lambda i: len(prompts[i]) + len(completions[i].tokens))
         return [

@@ -93,7 +93,7 @@ def reinforce(
         sequences = [group.prompt for group in groups for _ in group.completions]
         left = 1.0 - step / steps
         metrics = update(model, optimizer, sequences, completions, advantage, config, left, world, reference)
-        if not config.overlap and metrics.get("logprob_difference", 0.0) > config.max_logprob_difference:
+        if not (config.overlap or metrics.get("logprob_difference", 0.0) <= config.max_logprob_difference):  # or nan
             raise RuntimeError(
                 f"step {step}: sampler and trainer differ by {metrics['logprob_difference']:.2g} nats a token, "
                 f"more than rl.max_logprob_difference={config.max_logprob_difference}: their weights are not the same"

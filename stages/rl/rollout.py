@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +100,14 @@ class RolloutActor:
         return digest(self.engine.weights(shapes))
 
     def generate(
-        self,
-        prompts: list[list[int]],
-        seeds: list[tuple[int, ...]],
-        samples: int,
-        max_new_tokens: int,
-        greedy: bool,
-    ) -> tuple[Completions, float]:
-        """The completions, and the seconds they took."""
-        began = time.perf_counter()
+        self, prompts: list[list[int]], seeds: list[tuple[int, ...]], samples: int, max_new_tokens: int, greedy: bool
+    ) -> Completions:
         engine = self.engine.sampler
         groups = complete(engine, self.turns, prompts, seeds, samples, max_new_tokens, self.context, greedy)
         for completion in (c for group in groups for c in group):
             completion.weight_version = self.version
         self.engine.rest()
-        return groups, time.perf_counter() - began
+        return groups
 
 
 class _Member:
@@ -135,28 +129,25 @@ class _Member:
 
 
 class Rollout:
-    """Completions under way. `seconds` that sampling took and those that each actor was at work are known with them."""
+    """Completions under way; the `seconds` that sampling took are known with them."""
 
     seconds: float
-    busy: list[float]
 
-    def __init__(
-        self, job: Future[tuple[Completions, float, list[float]]] | None, shares: list[int], world: World | None
-    ):
+    def __init__(self, job: Future[tuple[Completions, float]] | None, shares: list[int], world: World | None):
         self._job, self._shares, self._world = job, shares, world
 
     def result(self) -> Completions:
         """The completions of each prompt, in order; to be called once, and by every rank of a split pool."""
-        groups, self.seconds, self.busy = self._job.result() if self._job else ([], 0.0, [])
+        groups, self.seconds = self._job.result() if self._job else ([], 0.0)
         if self._world is None:
             return groups
         parts: list[Any] = []
         for share in self._shares:
-            parts.append((groups[:share], self.seconds, self.busy))
+            parts.append((groups[:share], self.seconds))
             groups = groups[share:]
         mine: list[Any] = [None]
         dist.scatter_object_list(mine, parts or None, group=self._world.host)
-        groups, self.seconds, self.busy = mine[0]
+        groups, self.seconds = mine[0]
         return groups
 
 
@@ -193,7 +184,9 @@ class RolloutPool:
         self._current: tuple[Any, int] | None = None  # weights in the object store, and their version
         self._transfer: Transfer | None = None
         self._closed, self.replaced = False, 0
-        self._jobs = ThreadPoolExecutor(1)  # sampling and syncs, one after the other
+        # sampling and syncs, one after the other; CUDA's current device is a thread's own
+        on_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
+        self._jobs = ThreadPoolExecutor(1, initializer=on_device)
         here = self._world is None or self._world.rank == 0
         self._members = [self._start() for _ in range(actors if here else 0)]
 
@@ -224,6 +217,8 @@ class RolloutPool:
         With `check`, RuntimeError where an engine then computes with other weights, found by reading its own.
         """
         began = time.perf_counter()
+        if self._on_gpu and self._shared:
+            torch.cuda.empty_cache()  # what the trainer only keeps in reserve, the engine needs
         if self._members:
             self._jobs.submit(self._sync, state, version, check).result()
         return time.perf_counter() - began
@@ -278,11 +273,14 @@ class RolloutPool:
 
     def _sample(
         self, prompts: list[list[int]], seeds: Sequence[tuple[int, ...]], *arguments: Any
-    ) -> tuple[Completions, float, list[float]]:
+    ) -> tuple[Completions, float]:
         began, n = time.perf_counter(), len(self._members)
         parts = self._each(lambda actor, a: actor.generate.remote(prompts[a::n], seeds[a::n], *arguments))
-        groups = [parts[i % n][0][i // n] for i in range(len(prompts))]
-        return groups, time.perf_counter() - began, [seconds for _, seconds in parts]
+        groups = [parts[i % n][i // n] for i in range(len(prompts))]
+        version = self._current[1] if self._current else 0
+        if any(c.weight_version != version for group in groups for c in group):
+            raise RuntimeError(f"a rollout was sampled with other weights than those of version {version}")
+        return groups, time.perf_counter() - began
 
     def _each(self, call: Callable[[Any, int], Any]) -> list[Any]:
         """The results of one call to every actor; calls to lost actors are made again to their replacements."""

@@ -66,6 +66,14 @@ def work(arguments: dict[str, Any]) -> None:
 def actors_for(config: RLConfig, placement: str, devices: Devices, world: World) -> int:
     """As many as the devices, or cores, that this rank's pool has to itself."""
     shared, cores, prompts = placement == "shared", world.threads, config.prompts_per_step
+    if world.device.type == "cuda" and shared:
+        return 1
     if world.device.type == "cuda":
-        return 1 if shared else config.rollout_devices or devices.gpus - world.size
+        spare = devices.gpus - world.size
+        if not 1 <= (asked := config.rollout_devices or spare) <= spare:
+            raise ValueError(
+                f"rl.placement=split: {world.size} of {devices.gpus} GPUs train, so {max(spare, 0)} could sample, not "
+                f"{asked} (rl.rollout_devices): take fewer --workers, or rl.placement=shared"
+            )
+        return asked
     return max(1, min(cores, prompts // world.size) if shared else min(cores * world.size, prompts))

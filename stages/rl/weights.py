@@ -9,7 +9,6 @@ The proof is a digest of what an engine computes with, read back out of it and c
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,11 +33,11 @@ class Transfer:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        from vllm.utils.network_utils import get_open_port
 
         self.source = _Source()
         where = ray.util.get_node_ip_address()
-        # rank 0: every trainer that has actors sends to its own
-        nccl = NCCLTrainerInitInfo(where, _free_port(), world_size=1 + len(actors), rank=0)
+        nccl = NCCLTrainerInitInfo(where, get_open_port(), world_size=1 + len(actors), rank=0)
         self.engine = WeightTransferTrainerFactory.trainer_init(
             IPCTrainerInitInfo(rank=0) if shared else nccl, client=_Client(actors, timeout), source=self.source
         )
@@ -90,10 +89,3 @@ class _Client:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._all("finish_weight_update")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
