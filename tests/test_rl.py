@@ -288,7 +288,8 @@ def test_the_learners_gradient_is_that_of_the_formula() -> None:
 
 
 def test_a_second_update_is_clipped_against_the_policy_before_the_first() -> None:
-    """With a reference, and completions that were cut off left out. Every second sequence is the second update's; old and reference are as they were."""
+    """With a reference, and completions that were cut off left out. Every second sequence is the second update's; old
+    and reference are as they were."""
     settings = {"loss": "ppo_clip", "clip_low": 0.02, "clip_high": 0.03, "kl_coefficient": 0.1, "lr_scale": 0.5}
     config = RLConfig(updates_per_step=2, mask_overlong=True, **settings)
     model, before, reference = (random_model(SPEC, seed=seed) for seed in (1, 1, 2))
