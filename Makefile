@@ -7,7 +7,7 @@ demo: install
 	$(BIN)/python -m pipeline.run --preset demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from runs import ROOT, Run
+from xdist.scheduler import LoadFileScheduling
 
 SEQUENCE_LEN = 128
 # Few problems, seen often: a model this small learns some of them by heart, so that RL has rewards to tell apart.
@@ -34,12 +36,17 @@ for stage in ("base", "mid", "sft"):
     SETTINGS |= {f"{stage}.eval_rows": 16}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file, and all that branch off from the same run, go to the same of `make test`'s two processes."""
-    for item in items:
-        branches = "line" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("line" if branches else item.path.name))
+class ByRun(LoadFileScheduling):  # type: ignore[misc]
+    """Tests of one file go to the same of `make test`'s two processes, and so do all files that branch off from one
+    run. (loadgroup, which is for that, does nothing under pytest 9.2.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = nodeid.split("::")[0]
+        return "line" if "line: Run" in (ROOT / file).read_text() else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByRun:
+    return ByRun(config, log)
 
 
 def flags(settings: dict[str, object]) -> list[str]:
