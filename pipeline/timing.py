@@ -100,7 +100,8 @@ def work_of(spec: ModelSpec, layout: Layout) -> Work:
         shared = layout.world if layout.parallel != "ddp" else 1
         flops += muon_flops(spec) / shared / per_step
     element = 4 if layout.precision == "fp32" else 2
-    kept = spec.activation_bytes("none", layout.compiled, element)
+    # without the fp32 copies that eager norms keep: they take room, but hardly time
+    kept = spec.activation_bytes("none", compiled=True, element=element)
     return Work(flops, spec.layers * kept + LOGIT_BYTES * spec.padded_vocab)
 
 
