@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import report
+from cluster.hardware import peak_memory
 from kernels import adamw, cross_entropy, fp8, muon
 from kernels.attention import BACKENDS, attention, choose
 
@@ -148,14 +149,9 @@ def _send_cpu_peak(sender: multiprocessing.connection.Connection, kernel: str, s
     case = next(case for case in cases(sizes, torch.device("cpu")) if case.kernel == kernel)
     run = case.setup()[which]
     torch.compiler.set_stance("force_eager")  # the compiler's own memory would hide the kernel's
-    before = _resident_peak()
+    before = peak_memory()
     run()
-    sender.send(_resident_peak() - before)
-
-
-def _resident_peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    sender.send(peak_memory() - before)
 
 
 def cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:

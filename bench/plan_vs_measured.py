@@ -1,8 +1,9 @@
 """The planner against this machine: `python -m bench.plan_vs_measured [--out FILE]`.
 
-Every specification trains for some steps in a process of its own, as `fathom probe` measures. Peak memory is compared
-with what the plan predicts. Some specifications calibrate the planner's time, and the speed of the others is compared
-with what it then predicts. The file it writes is one for `fathom plan --calibrate`.
+Every specification trains for some steps in a process of its own, as `fathom probe` measures, once a round; of the
+rounds the median speed counts, as other load comes and goes. Peak memory is compared with what the plan predicts. Some
+specifications calibrate the planner's time, and the speed of the others is compared with what it then predicts. The
+file it writes is one for `fathom plan --calibrate`.
 """
 
 from __future__ import annotations
@@ -79,13 +80,18 @@ SHAPES = {"cpu": (8_192, 512), "cuda": (65_536, 2_048)}  # vocabulary, context
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.plan_vs_measured", description=__doc__)
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed, after the warm-up")
+    parser.add_argument("--rounds", type=int, default=3, help="times that every specification is measured")
     parser.add_argument("--out", type=Path, help="write the figures as JSON to this file")
     args = parser.parse_args()
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     vocab_size, sequence_len = SHAPES[kind]
     specs = {c: ModelSpec.from_dial(c.family, c.depth, vocab_size, sequence_len) for c in CASES[kind]}
     print(f"{hardware_name()}, torch {torch.__version__}: vocabulary {vocab_size:,}, {sequence_len} tokens a row")
-    measured = {case: measured_alone(case, spec, args.steps) for case, spec in specs.items()}
+    measured: dict[Case, list[dict[str, Any]]] = {case: [] for case in specs}
+    for i in range(args.rounds):
+        for case, spec in specs.items():
+            measured[case].append(measured_alone(case, spec, args.steps))
+            print(f"round {i + 1}: {case.name}, {measured[case][-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
     rows = [row_of(case, specs[case], found) for case, found in measured.items()]
     calibration = Calibration(tuple(point_of(row) for row in rows if row["calibrates"]))
     for case, row in zip(measured, rows, strict=True):
@@ -132,13 +138,15 @@ def measured_alone(case: Case, spec: ModelSpec, steps: int) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(request.with_suffix(".answer").read_text())
     if found["device_batch_size"] != case.device_batch_size:
         raise SystemExit(f"{case.name}: out of memory, trains with device_batch_size {found['device_batch_size']}")
-    print(f"measured {case.name}", flush=True)
     return found
 
 
-def row_of(case: Case, spec: ModelSpec, found: dict[str, Any]) -> dict[str, Any]:
-    """What is measured of a case, in the form that `fathom plan --calibrate` reads."""
-    figures = {k: found[k] for k in ("tokens_per_second", "step_ms", "memory_gb", "of_product")}
+def row_of(case: Case, spec: ModelSpec, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is measured of a case, in the form that `fathom plan --calibrate` reads: the round of the median speed, and
+    the largest memory of all."""
+    median = sorted(rounds, key=lambda found: float(found["tokens_per_second"]))[(len(rounds) - 1) // 2]
+    figures = {k: median[k] for k in ("tokens_per_second", "step_ms", "of_product")}
+    figures["memory_gb"] = max(found["memory_gb"] for found in rounds)
     return {"case": case.name, "model": asdict(spec), **asdict(case), "workers": 1, **figures}
 
 

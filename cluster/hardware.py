@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,6 +177,15 @@ def machine_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     allowed = limit.read_text().strip() if limit.exists() else "max"
     return min(total, int(allowed)) if allowed.isdigit() else total
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process. On Linux not `ru_maxrss`, which begins with the peak of the process that
+    started this one."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def cpu_computes_bf16() -> bool:

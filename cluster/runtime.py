@@ -8,8 +8,10 @@ import socket
 
 import ray
 
-# A report from Ray Train waits for the next of these checks: at Ray's default it costs two seconds.
-WORKER_ENV = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}
+WORKER_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a report waits for the next: at Ray's default it costs two seconds
+    "MALLOC_ARENA_MAX": "1",  # see stages.training.parallel.keep_freed_memory
+}
 REACH_TIMEOUT_S = 10
 FORWARDED = ("AWS_", "GOOGLE_", "HF_", "RAY_TRAIN_", "TIKTOKEN_")
 

@@ -83,13 +83,13 @@ def test_the_plan_is_compared_with_what_is_measured(
     monkeypatch.setitem(plan_vs_measured.CASES, "cpu", cases)
     monkeypatch.setitem(plan_vs_measured.SHAPES, "cpu", (512, 64))
     file = tmp_path / "new" / "plan.json"
-    monkeypatch.setattr(sys, "argv", ["bench.plan_vs_measured", "--steps", "3", "--out", str(file)])
+    monkeypatch.setattr(sys, "argv", ["bench.plan_vs_measured", "--steps", "3", "--rounds", "2", "--out", str(file)])
     plan_vs_measured.main()
     given, predicted = json.loads(file.read_text())["rows"]
     assert given["predicted_tokens_per_second"] == pytest.approx(given["tokens_per_second"])
     for row in (given, predicted):
         assert row["memory_error"] == pytest.approx(row["predicted_memory_gb"] / row["memory_gb"] - 1)
-        assert abs(row["memory_error"]) < 0.2, "libraries, mostly"
+        assert abs(row["memory_error"]) < 0.3, "libraries, mostly, and of a process of its own"
     shown = capsys.readouterr().out
     assert f"{given['memory_gb']:.2f}" in shown and f"{abs(predicted['time_error']):.1%} at most" in shown
     calibration = read_calibration([file], parse_gpus("cpu"))

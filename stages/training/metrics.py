@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ class Work:
         figures = {"tokens_per_second": self.tokens / seconds}
         device = self.world.device
         if device.type == "cpu":
-            figures["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            figures["memory_gb"] = hardware.peak_memory() / 1e9
             return figures
         properties = torch.cuda.get_device_properties(device)
         figures["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
