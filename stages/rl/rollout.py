@@ -31,7 +31,7 @@ from models.generate import Completion, Engine, TorchEngine, Turns, complete
 from models.hf import read_spec
 from models.vllm_engine import CPU_ENV, GPU_ENV, VLLMEngine
 from stages.rl.weights import Transfer, digest
-from stages.training.parallel import World
+from stages.training.parallel import World, keep_freed_memory
 from tasks.base import Tool
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ def turns_of(tokenizer: Tokenizer, tools: Tools) -> Turns:
 @ray.remote(max_restarts=0, concurrency_groups={"health": 1})
 class RolloutActor:
     def __init__(self, fetch: Callable[[], Path], engine: str, on_gpu: bool, shared: bool, tools: Tools) -> None:
+        if not on_gpu:
+            keep_freed_memory()
         directory = fetch()
         self.turns = turns_of(Tokenizer.load(directory), tools)
         self.context = read_spec(directory).sequence_len
