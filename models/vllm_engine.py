@@ -38,6 +38,10 @@ class VLLMEngine:
         register()  # a worker may run this package's files without its entry points
         spec = read_spec(directory)
         self.stops: list[int] = []
+        # Lists under way: a request stays open between turns and keeps its place in the cache, where vLLM would else
+        # compute what is in a block that is not full once more. How many tokens it has computed, how many it has given.
+        self.open: dict[int, tuple[int, int]] = {}
+        self.idle: set[int] = set()  # of these, which ended a turn and were not added since
         self.sleeps, self.asleep = on_gpu and shared, False
         settings: dict[str, Any] = {
             "dtype": "bfloat16",
@@ -81,6 +85,8 @@ class VLLMEngine:
 
     def sampler(self, stops: Sequence[int], length: int) -> Sampler:
         self._wake()
+        self.idle.update(self.open)  # left over where a tool failed
+        self._close()
         self.stops = [*stops]
         return self
 
@@ -97,18 +103,40 @@ class VLLMEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self.llm.llm_engine.add_request(str(key), {"prompt_token_ids": tokens}, params)
+        computed, given = self.open.get(key, (0, 0))
+        self.open[key] = len(tokens), given
+        self.idle.discard(key)
+        engine = self.llm.llm_engine
+        prompt: Any = {"prompt_token_ids": tokens[computed:]}
+        request = engine.input_processor.process_inputs(str(key), prompt, params, ("generate",), resumable=True)
+        request.external_req_id = request.request_id
+        engine.engine_core.add_request(request)
+        request.prompt_token_ids = []  # both would append to one list what comes in the next turn
+        engine.output_processor.add_request(request, None)
 
     def step(self) -> list[tuple[int, list[int], list[float]]]:
+        self._close()
         ended = []
         for request in self.llm.llm_engine.step():
-            turn = request.outputs[0]
-            tokens = list(turn.token_ids)
-            logprobs = [scores[token].logprob for token, scores in zip(tokens, turn.logprobs, strict=True)]
-            ended.append((int(request.request_id), tokens, logprobs))
+            key, output = int(request.request_id), request.outputs[0]
+            prompted, given = self.open[key]
+            tokens = list(output.token_ids)[given:]  # of all turns
+            logprobs = [s[token].logprob for token, s in zip(tokens, output.logprobs[given:], strict=True)]
+            self.open[key] = prompted + len(tokens) - 1, given + len(tokens)  # the last is not computed yet
+            self.idle.add(key)
+            ended.append((key, tokens, logprobs))
         return ended
 
+    def _close(self) -> None:
+        """Ends what no turn follows."""
+        if self.idle:
+            self.llm.llm_engine.abort_request([str(key) for key in self.idle])
+            for key in self.idle:
+                del self.open[key]
+            self.idle.clear()
+
     def rest(self) -> None:
+        self._close()
         if self.sleeps:
             self.llm.sleep(level=1)  # level 2 forgets the weights, and a rollout may follow without new ones
             self.asleep = True

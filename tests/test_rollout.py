@@ -269,6 +269,25 @@ def test_a_call_of_the_calculator_is_answered_and_generation_goes_on(
     assert metrics["logprob_difference_max"] < 1e-4
 
 
+def test_calls_within_a_batch_leave_no_trace_in_the_other_completions(
+    pool: RolloutPool, tokenizer: Tokenizer, spec: ModelSpec
+) -> None:
+    model = random_model(spec, seed=6)
+    with torch.no_grad():  # every eighth token or so ends a call, and nothing else ends a turn
+        model.model.embed_tokens.weight[:, 0] = 2.0
+        model.lm_head.weight[tokenizer.special("<|python_end|>"), 0] = 3.0
+        model.lm_head.weight[tokenizer.special("<|assistant_end|>"), 0] = -20.0
+    push(pool, model, 6)
+    prompts = prompts_of(spec, 6, 20)
+    groups = pool.sample(prompts, seeds(prompts, 1), 4, 50)
+    calls = [c.tokens[:-1].count(tokenizer.special("<|python_end|>")) for group in groups for c in group]
+    assert sum(calls) > 24 and min(calls) < max(calls)
+    assert {len(c.tokens) for group in groups for c in group} == {50}
+    assert disagreement(model, prompts, groups) < 1e-4
+    [alone] = pool.sample(prompts[2:3], seeds(prompts, 1)[2:3], 4, 50)
+    assert [c.tokens for c in alone] == [c.tokens for c in groups[2]]
+
+
 def test_the_limit_on_new_tokens_holds_with_a_result_in_the_way(
     pool: RolloutPool, tokenizer: Tokenizer, taught: LanguageModel
 ) -> None:
