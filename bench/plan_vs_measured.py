@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="times that every specification is measured")
     parser.add_argument("--out", type=Path, help="write the figures as JSON to this file")
     args = parser.parse_args()
+    if args.steps < 1 or args.rounds < 1:
+        parser.error("--steps and --rounds must be above 0")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     vocab_size, sequence_len = SHAPES[kind]
     specs = {c: ModelSpec.from_dial(c.family, c.depth, vocab_size, sequence_len) for c in CASES[kind]}
@@ -142,8 +144,8 @@ def measured_alone(case: Case, spec: ModelSpec, steps: int) -> dict[str, Any]:
 
 
 def row_of(case: Case, spec: ModelSpec, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is measured of a case, in the form that `fathom plan --calibrate` reads: the round of the median speed, and
-    the largest memory of all."""
+    """What is measured of a case, in the form that `fathom plan --calibrate` reads: the round of the median speed,
+    of two the slower, and the largest memory of all."""
     median = sorted(rounds, key=lambda found: float(found["tokens_per_second"]))[(len(rounds) - 1) // 2]
     figures = {k: median[k] for k in ("tokens_per_second", "step_ms", "of_product")}
     figures["memory_gb"] = max(found["memory_gb"] for found in rounds)

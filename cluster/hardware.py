@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,12 +181,13 @@ def machine_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process. On Linux not `ru_maxrss`, which begins with the peak of the process that
-    started this one."""
+    """Peak resident bytes of this process. Where Linux tells, not `ru_maxrss`, which begins there with the peak of the
+    process that started this one."""
     status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+    _, _, found = (status.read_text() if status.exists() else "").partition("VmHWM:")
+    if found:
+        return 1024 * int(found.split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def cpu_computes_bf16() -> bool:

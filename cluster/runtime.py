@@ -13,7 +13,7 @@ WORKER_ENV = {
     "MALLOC_ARENA_MAX": "1",  # see stages.training.parallel.keep_freed_memory
 }
 REACH_TIMEOUT_S = 10
-FORWARDED = ("AWS_", "GOOGLE_", "HF_", "RAY_TRAIN_", "TIKTOKEN_")
+FORWARDED = ("AWS_", "GOOGLE_", "HF_", "MALLOC_", "RAY_TRAIN_", "TIKTOKEN_")
 
 
 def connect(debug: bool = False) -> str | None:

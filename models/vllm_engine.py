@@ -6,6 +6,7 @@ vllm is imported when an engine is made: only the process that samples has it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ GPU_ENV = {
 }
 CPU_ENV = GPU_ENV | {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 CPU_KV_BYTES = 1 << 30  # at most, where two whole sequences fit; pages are taken when they are written
+BLOCK = 32  # tokens, on a CPU
 TABLES = ("embed_tokens", "wte")  # looked up, not multiplied with
 CONV1D = ("c_attn", "c_proj", "c_fc")  # GPT-2's linear layers, which lie transposed in its export
 
@@ -38,10 +40,14 @@ class VLLMEngine:
         register()  # a worker may run this package's files without its entry points
         spec = read_spec(directory)
         self.stops: list[int] = []
-        # Lists under way: a request stays open between turns and keeps its place in the cache, where vLLM would else
-        # compute what is in a block that is not full once more. How many tokens it has computed, how many it has given.
+        # On a CPU, where every token computed costs time, a request stays open between turns and keeps its place in the
+        # cache; vLLM would else compute the tokens of a block that is not full once more. Of each that is open, how
+        # many tokens are computed and how many were given.
+        self.cached_tokens = 0  # that the cache has room for; on a GPU no request stays open
+        self.keeps_open = False
         self.open: dict[int, tuple[int, int]] = {}
         self.idle: set[int] = set()  # of these, which ended a turn and were not added since
+        self.seeds: dict[str, int] = {}  # of the turns that begin with the next step
         self.sleeps, self.asleep = on_gpu and shared, False
         settings: dict[str, Any] = {
             "dtype": "bfloat16",
@@ -51,9 +57,10 @@ class VLLMEngine:
         }
         if not on_gpu:
             # fp32, so that sampler and trainer agree to 1e-5; a fixed cache, without which vLLM does not start
-            row = spec.kv_bytes_per_token * (spec.sequence_len + 32)
+            row = spec.kv_bytes_per_token * (spec.sequence_len + BLOCK)
             rows = max(2, min(ROWS, CPU_KV_BYTES // row))
-            settings = {"dtype": "float32", "kv_cache_memory_bytes": rows * row, "block_size": 32}
+            settings = {"dtype": "float32", "kv_cache_memory_bytes": rows * row, "block_size": BLOCK}
+            self.cached_tokens = rows * (spec.sequence_len + BLOCK)
         self.llm = LLM(
             str(directory),
             skip_tokenizer_init=True,
@@ -88,6 +95,8 @@ class VLLMEngine:
         self.idle.update(self.open)  # left over where a tool failed
         self._close()
         self.stops = [*stops]
+        # Only where all rows fit at their longest: of what waits for its next turn vLLM takes no block back.
+        self.keeps_open = ROWS * (length + BLOCK) <= self.cached_tokens
         return self
 
     def add(self, key: int, tokens: list[int], room: int, seed: int | None) -> None:
@@ -103,27 +112,36 @@ class VLLMEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        engine, name = self.llm.llm_engine, str(key)
         computed, given = self.open.get(key, (0, 0))
+        prompt: Any = {"prompt_token_ids": tokens[computed:]}
+        if not self.keeps_open:
+            engine.add_request(name, prompt, params)
+            return
+        if key in self.open and seed is not None:
+            self.seeds[name] = seed
         self.open[key] = len(tokens), given
         self.idle.discard(key)
-        engine = self.llm.llm_engine
-        prompt: Any = {"prompt_token_ids": tokens[computed:]}
-        request = engine.input_processor.process_inputs(str(key), prompt, params, ("generate",), resumable=True)
-        request.external_req_id = request.request_id
+        request = engine.input_processor.process_inputs(name, prompt, params, ("generate",), resumable=True)
+        request.external_req_id = name
         engine.engine_core.add_request(request)
         request.prompt_token_ids = []  # both would append to one list what comes in the next turn
         engine.output_processor.add_request(request, None)
 
     def step(self) -> list[tuple[int, list[int], list[float]]]:
         self._close()
+        if self.seeds:  # vLLM itself seeds a request once
+            self.llm.collective_rpc(partial(reseed, seeds=self.seeds))
+            self.seeds = {}
         ended = []
         for request in self.llm.llm_engine.step():
             key, output = int(request.request_id), request.outputs[0]
-            prompted, given = self.open[key]
+            prompted, given = self.open.get(key, (0, 0))
             tokens = list(output.token_ids)[given:]  # of all turns
             logprobs = [s[token].logprob for token, s in zip(tokens, output.logprobs[given:], strict=True)]
-            self.open[key] = prompted + len(tokens) - 1, given + len(tokens)  # the last is not computed yet
-            self.idle.add(key)
+            if self.keeps_open:
+                self.open[key] = prompted + len(tokens) - 1, given + len(tokens)  # the last is not computed yet
+                self.idle.add(key)
             ended.append((key, tokens, logprobs))
         return ended
 
@@ -145,6 +163,11 @@ class VLLMEngine:
         if self.asleep:
             self.llm.wake_up()
             self.asleep = False
+
+
+def reseed(worker: Any, seeds: Mapping[str, int]) -> None:
+    for name, seed in seeds.items():
+        worker.model_runner.requests[name].generator.manual_seed(seed)
 
 
 @torch.no_grad()

@@ -286,6 +286,12 @@ def test_calls_within_a_batch_leave_no_trace_in_the_other_completions(
     assert disagreement(model, prompts, groups) < 1e-4
     [alone] = pool.sample(prompts[2:3], seeds(prompts, 1)[2:3], 4, 50)
     assert [c.tokens for c in alone] == [c.tokens for c in groups[2]]
+    if runs_vllm(pool):  # whether requests stay open between turns must not be seen
+        room = inside(pool, lambda actor: (actor.engine.cached_tokens, setattr(actor.engine, "cached_tokens", 0))[0])
+        assert room > 256 * (70 + 32)
+        again = pool.sample(prompts, seeds(prompts, 1), 4, 50)
+        inside(pool, lambda actor: setattr(actor.engine, "cached_tokens", room))
+        assert [[c.tokens for c in group] for group in again] == [[c.tokens for c in group] for group in groups]
 
 
 def test_the_limit_on_new_tokens_holds_with_a_result_in_the_way(
