@@ -417,6 +417,32 @@ def test_an_actor_lost_while_it_samples_is_replaced_and_its_prompts_sampled_agai
     ]
 
 
+class CutTransfer:
+    """A transfer in whose midst an actor dies."""
+
+    def __init__(self, actors: list[Any], shared: bool, timeout: float) -> None:
+        self.actor = actors[0]
+
+    def send(self, weights: Any) -> None:
+        ray.kill(self.actor)
+        ray.get(self.actor.alive.remote())
+
+
+def test_an_actor_lost_in_a_weight_transfer_is_replaced_with_the_new_weights(
+    directory: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.rl.rollout.Transfer", CutTransfer)
+    with pool_of(directory, "torch") as pool:
+        pool._direct = True
+        model = random_model(spec, seed=7)
+        push(pool, model, 7)
+        assert pool.replaced == 1
+        prompts = prompts_of(spec, 2, 12)
+        groups = pool.sample(prompts, seeds(prompts, 0), 2, 20)
+        assert {c.weight_version for group in groups for c in group} == {7}
+        assert disagreement(model, prompts, groups) < 1e-4
+
+
 def test_an_actor_that_cannot_start_is_not_tried_again(directory: Path) -> None:
     with pool_of(directory / "missing", "torch") as pool, pytest.raises(ray.exceptions.ActorDiedError, match="missing"):
         pool.sample([[1]], [(0,)], 1, 4)

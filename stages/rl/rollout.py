@@ -1,9 +1,8 @@
 """Sampling: engines in Ray actors, and what happens when one of these dies or hangs.
 
 An actor holds one engine, vLLM or plain torch, in its own process and drives it itself (models/generate.py), so that a
-completion which called a tool goes on in the very next engine step, in one batch with all others. Every draw has a seed
-made of the caller's seed, the prompt's and the sample's number, so the same weights and prompts give the same
-completions, whatever the number of actors and however often one was lost.
+completion which called a tool goes on in the very next engine step, in one batch with all others. Draws are seeded by
+caller, prompt and sample: the same weights give the same completions with any number of actors, and when some are lost.
 """
 
 from __future__ import annotations
@@ -183,14 +182,13 @@ class RolloutPool:
         self._arguments = (fetch, engine, on_gpu, self._shared, tools)
         self._timeout, self._health_timeout = timeout, health_timeout
         self._dtype = torch.bfloat16 if on_gpu else torch.float32
-        self._current: tuple[Any, int] | None = None  # weights in the object store, and their version
+        self._current: tuple[Any, ...] = ()  # weights in the object store, and their version
         self._transfer: Transfer | None = None
         self._closed, self.replaced = False, 0
         # sampling and syncs, one after the other; CUDA's current device is a thread's own
         on_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
         self._jobs = ThreadPoolExecutor(1, initializer=on_device)
-        here = self._world is None or self._world.rank == 0
-        self._members = [self._start() for _ in range(actors if here else 0)]
+        self._members = [self._start() for _ in range(actors if self._world is None or self._world.rank == 0 else 0)]
 
     def __enter__(self) -> RolloutPool:
         return self
@@ -231,10 +229,14 @@ class RolloutPool:
         self._current = (ray.put(weights), version)
         if self._direct:
             self._each(lambda actor, _: actor.alive.remote())  # a transfer waits for all of its engines
-            if self._transfer is None:
-                self._transfer = Transfer([m.handle for m in self._members], self._shared, self._timeout)
-            self._transfer.send({name: weight.detach().to(self._dtype) for name, weight in state.items()})
-            self._each(lambda actor, _: actor.loaded.remote(version))
+            try:
+                if self._transfer is None:
+                    self._transfer = Transfer([m.handle for m in self._members], self._shared, self._timeout)
+                self._transfer.send({name: weight.detach().to(self._dtype) for name, weight in state.items()})
+                self._each(lambda actor, _: actor.loaded.remote(version))
+            except (*LOST, ray.exceptions.GetTimeoutError) as error:
+                for a in range(len(self._members)):  # the others wait within the transfer
+                    self._replace(a, f"did not take new weights ({type(error).__name__})", losses=1)
         else:
             self._each(lambda actor, _: self._load(actor))
         if check:
@@ -246,7 +248,6 @@ class RolloutPool:
                     )
 
     def _load(self, actor: Any) -> Any:
-        assert self._current is not None
         return actor.load.remote(*self._current)
 
     def sample(self, *arguments: Any, **options: Any) -> Completions:
@@ -268,9 +269,8 @@ class RolloutPool:
             shares = [None] * self._world.size if self._world.rank == 0 else []
             dist.gather_object((prompts, list(seeds)), shares or None, group=self._world.host)
             prompts, seeds = [p for share in shares for p in share[0]], [s for share in shares for s in share[1]]
-        job = None
-        if self._members:
-            job = self._jobs.submit(self._sample, prompts, seeds, samples, max_new_tokens, greedy)
+        arguments = (prompts, seeds, samples, max_new_tokens, greedy)
+        job = self._jobs.submit(self._sample, *arguments) if self._members else None
         return Rollout(job, [len(share[0]) for share in shares], self._world)
 
     def _sample(
