@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures as JSON to this file")
     args = parser.parse_args()
 
+    if args.trl:
+        trl(args.trl, "-c", "from trl import GRPOTrainer")  # before anything is measured for it
     torch.set_num_threads(1)
     tokenizer = Tokenizer.train([TEXT + " ".join(map(str, range(20_000)))], args.vocab)
     spec = ModelSpec.from_dial("depth", args.depth, tokenizer.vocab_size, args.seq)
@@ -201,17 +203,21 @@ def compare(directory: Path, model: LanguageModel, tokenizer: Tokenizer, args: a
         "threads": len(os.sched_getaffinity(0)),
     }
     (file := directory / "trl.json").write_text(json.dumps(request))
-    command = [args.trl, str(Path(__file__).parent / "trl_step.py"), str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{args.trl} {command[1]} failed:\n{done.stderr[-2000:]}")
-    theirs = json.loads(done.stdout.splitlines()[-1])
+    theirs = json.loads(trl(args.trl, str(Path(__file__).parent / "trl_step.py"), str(file)).splitlines()[-1])
     if min(theirs["lengths"]) < args.new_tokens:
         raise SystemExit(
             f"TRL's completions have {min(theirs['lengths'])} tokens, not {args.new_tokens}: no comparison"
         )
-    trl = statistics.median(theirs["seconds"][1:])
-    return {"step_seconds": ours, "trl_step_seconds": trl, "times_trl": trl / ours}
+    seconds_of_trl = statistics.median(theirs["seconds"][1:])
+    return {"step_seconds": ours, "trl_step_seconds": seconds_of_trl, "times_trl": seconds_of_trl / ours}
+
+
+def trl(*command: str) -> str:
+    """What the interpreter of TRL's environment prints; SystemExit where it fails. Its modules shall not be ours."""
+    done = subprocess.run([command[0], "-P", *command[1:]], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
 
 
 def own_steps(directory: Path, model: LanguageModel, prompts: list[list[int]], args: argparse.Namespace) -> list[float]:
