@@ -41,7 +41,7 @@ from stages.rl.algorithm import advantages
 from stages.rl.learner import learner_precision, update
 from stages.rl.rollout import RolloutPool
 from stages.training.optimizer import build_optimizer
-from stages.training.parallel import World
+from stages.training.parallel import World, prepare
 
 TEXT = "The model of this benchmark reads and writes words that mean nothing to it. "
 
@@ -224,8 +224,8 @@ def own_steps(directory: Path, model: LanguageModel, prompts: list[list[int]], a
     """Seconds of each step: sampling with an actor a device or core, an update with rewards by chance, the sync."""
     devices, world = resources(), World.current(len(os.sched_getaffinity(0)))
     torch.set_num_threads(world.threads)
-    model = model.to(world.device)
     config, rng = RLConfig(max_new_tokens=args.new_tokens), np.random.default_rng(0)
+    prepare(model, config, learner_precision(world), world)
     optimizer = build_optimizer(model, config, learner_precision(world), world)
     actors = 1 if devices.kind == "cuda" else world.threads
     took = []

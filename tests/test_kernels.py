@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels import adamw, cross_entropy, fp8, muon
+from kernels import adamw, cross_entropy, fp8, muon, onednn
 from kernels.attention import BACKENDS, attention, choose
 from kernels.cross_entropy import linear_cross_entropy
 
@@ -34,6 +34,29 @@ def fresh(program: str, **environment: str) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+# Linear layers
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_in_onednn_are_those_of_nn_linear(bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(48, 80, bias=bias), nn.Tanh(), nn.Linear(80, 48, bias=bias))
+    ours = copy.deepcopy(plain)
+    weight = ours[0].weight
+    onednn.convert(ours)
+    assert [type(m).__name__ for m in ours] == ["OneDNNLinear", "Tanh", "OneDNNLinear"] and ours[0].weight is weight
+    found = []
+    for module in (plain, ours):
+        x = torch.linspace(-1, 1, 3 * 7 * 48).reshape(3, 7, 48).requires_grad_()
+        out = module(x)
+        out.square().sum().backward()
+        found.append([out, x.grad, *(p.grad for p in module.parameters())])
+    for expected, value in zip(*found, strict=True):
+        assert value.shape == expected.shape
+        assert (value - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 # Attention

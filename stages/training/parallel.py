@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels import attention, fp8
+from kernels import attention, fp8, onednn
 from models.layers import LanguageModel
 from stages.config import EngineConfig
 
@@ -163,6 +163,10 @@ def prepare(model: LanguageModel, config: EngineConfig, precision: str, world: W
         block.to(world.device)
         if precision == "fp8":
             fp8.convert(block)
+        elif (
+            precision == "fp32" and not compiles and config.checkpointing != "selective" and onednn.faster(world.device)
+        ):
+            onednn.convert(block)
         if config.checkpointing != "none":
             block.forward = _checkpointed(block.forward, config.checkpointing)
         if compiles:
