@@ -53,5 +53,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx = product(grad, weight.T) if ctx.needs_input_grad[0] else None
-        dw = product(grad.T.contiguous(), x.T) if ctx.needs_input_grad[1] else None
-        return dx, dw
+        if not ctx.needs_input_grad[1]:
+            return dx, None
+        if x.size(1) < grad.size(1):  # the first factor must lie row by row: the smaller is copied
+            return dx, product(x.T.contiguous(), grad.T).T
+        return dx, product(grad.T.contiguous(), x.T)
