@@ -25,7 +25,7 @@ GPU_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 CPU_ENV = GPU_ENV | {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-CPU_KV_BYTES = 1 << 30  # at most, where two whole sequences fit; pages are taken when they are written
+CPU_KV_BYTES = 2 << 30  # at most, where two whole sequences fit; pages are taken when they are written
 BLOCK = 32  # tokens, on a CPU
 TABLES = ("embed_tokens", "wte")  # looked up, not multiplied with
 CONV1D = ("c_attn", "c_proj", "c_fc")  # GPT-2's linear layers, which lie transposed in its export

@@ -37,7 +37,7 @@ COMPILER_BYTES = {"cuda": 0.0, "cpu": 0.06e9}  # where it compiles; on a GPU tha
 # Of an engine beside RL's learner (models.vllm_engine): its share of a GPU while it samples; its process on a CPU,
 # measured, and at most so much for keys and values of so many rows.
 ENGINE_SHARE = 0.35
-CPU_ENGINE_BYTES, CPU_CACHE_BYTES, ENGINE_ROWS = 0.7e9, 1 << 30, 256
+CPU_ENGINE_BYTES, CPU_CACHE_BYTES, ENGINE_ROWS = 0.7e9, 2 << 30, 256
 # Of the rest, what is rounded up or does not fit what is asked for. On a CPU fitted to the peaks of ten small models
 # (bench.plan_vs_measured): operations there have fp32 temporaries, and freed blocks are kept.
 ALLOCATOR = {"cuda": 0.03, "cpu": 0.33}
