@@ -132,15 +132,16 @@ def test_a_model_too_large_is_a_row_that_says_so(tmp_path: Path) -> None:
 
 def test_ctrl_c_shows_what_there_is_and_leaves_nothing_behind(tmp_path: Path) -> None:
     file = tmp_path / "probe.json"
-    probing = command(*TINY, "--device-batch", "4,8", "--json", str(file))
-    assert probing.until(lambda: file.exists() and len(json.loads(file.read_text() or "{}").get("rows", [])) == 1, 60)
+    # enough to do that it is not done when this process, on a busy machine, is late to see the first row
+    probing = command(*TINY, "--device-batch", "1,2,4,8,16", "--json", str(file))
+    assert probing.until(lambda: file.exists() and json.loads(file.read_text() or "{}").get("rows"), 60)
     before = time.monotonic()
     probing.process.send_signal(signal.SIGINT)
     result = probing.finish(60)
     assert result.code == 130 and time.monotonic() - before < 20
     assert "interrupted" in result.stdout and "add to the run" in result.stdout and not result.left_behind
     record = json.loads(file.read_text())
-    assert not record["complete"] and record["best"] == record["rows"][0]
+    assert not record["complete"] and record["best"] in record["rows"]
 
 
 def test_a_process_killed_by_the_system_is_told(tmp_path: Path) -> None:
