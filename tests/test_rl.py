@@ -375,3 +375,16 @@ def test_two_learners_step_like_one(tmp_path: Path) -> None:
     for mode in ("zero1", "fsdp"):  # the ranks have different numbers of micro-batches
         for rank in range(2):
             torch.testing.assert_close(torch.load(tmp_path / f"{rank}-{mode}.pt"), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "faster", "expected"), [("fp32", True, True), ("fp32", False, False), ("bf16", True, False)]
+)
+def test_the_learner_takes_fp32_products_from_onednn_where_they_are_faster(
+    monkeypatch: pytest.MonkeyPatch, precision: str, faster: bool, expected: bool
+) -> None:
+    monkeypatch.setattr("kernels.onednn.faster", lambda device: faster)
+    model = build(ModelSpec.from_dial("depth", 1, 64, 32))
+    prepare(model, RLConfig(), precision, World(0, 1, torch.device("cpu"), threads=1))
+    kinds = {type(m).__name__ for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)}
+    assert kinds == {"OneDNNLinear" if expected else "Linear"}
