@@ -27,7 +27,7 @@ from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 CHUNK = 8 << 20  # bytes
@@ -66,12 +66,12 @@ def plain_path(path: str) -> str:
     return path
 
 
-@checked_dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FileEntry:
     """A file of an artifact, as its manifest lists it. Raises ValueError for a path that leads elsewhere."""
 
     path: Annotated[str, AfterValidator(plain_path)]
-    size: Annotated[int, Field(ge=0)]
+    size: Annotated[int, Field(ge=0, strict=True)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
