@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import math
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -256,11 +255,11 @@ def pack_shard(row: dict[str, Any], context: StageContext, packing: Packing, row
 
     files: list[dict[str, Any]] = []
     index: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="fathom-ingest-") as scratch:
+    with context.scratch() as scratch:
         for split, documents in (("train", training()), ("val", held_out)):
             cropped: Counter[str] = Counter()
             packed = pack(documents, row_len, packing, counts=cropped)
-            directory = Path(scratch) / split
+            directory = scratch / split
             index[split] = write_rows(directory, packed, row_len, tokenizer.vocab_size, f"{row['index']:05d}")
             counts[f"{split}_rows"] += sum(count for _, count in index[split]["files"])
             counts["cropped"] += cropped["cropped"]

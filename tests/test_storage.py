@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 
 from cluster import manifest as manifests
+from cluster import scratch
 from cluster.manifest import Manifest, drift
 from cluster.storage import DamagedError, FencedError, Storage, StorageError, UnreachableError
 
@@ -329,3 +333,54 @@ def test_every_local_write_is_synced_before_it_counts(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "replace", replaced)
     Storage(tmp_path / "s").write_bytes("new/file", b"1")
     assert calls == ["sync s", "sync " + tmp_path.name.partition("-")[0], "sync .tmp", "name file", "sync new"]
+
+
+KILLED = """
+import os, sys, signal
+from cluster.scratch import scratch
+with scratch("base") as folder:
+    (folder / "checkpoint").write_bytes(b"1")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_temporary_folders_of_killed_processes_are_removed_and_others_are_not(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(scratch, "YOUNG_SECONDS", -1.0)
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdin=pipe, stdout=pipe, text=True, env=env) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        (tmp_path / "fathom-of-somebody").mkdir()
+        scratch.sweep()
+        assert (folder / "checkpoint").exists()
+        process.kill()
+        process.wait()
+    scratch.sweep()
+    assert [path.name for path in tmp_path.iterdir()] == ["fathom-of-somebody"]
+
+
+def test_the_cache_is_bounded_and_what_is_in_use_stays(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FATHOM_CACHE_GB", "2e-6")
+    for days, name in ((0, "new"), (2, "old"), (3, "older"), (4, "oldest")):
+        folder = scratch.cache_folder() / "storage" / name
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"w" * 900)
+        os.utime(folder, (time.time() - 86_400 * days,) * 2)
+    scratch.sweep()
+    assert sorted(path.name for path in (scratch.cache_folder() / "storage").iterdir()) == ["new", "old"]
+    monkeypatch.setenv("FATHOM_CACHE_GB", "0")
+    scratch.sweep()
+    assert [path.name for path in (scratch.cache_folder() / "storage").iterdir()] == ["new"]
+
+
+def test_a_temporary_folder_without_room_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(StorageError, match=r"has .* GB free, and base needs 1000000000.0 GB.*TMPDIR"):
+        scratch.scratch("base", needed=10**18).__enter__()
+    monkeypatch.setattr(scratch, "FULL_BYTES", 1 << 62)  # as if nothing were left
+    with pytest.raises(StorageError, match=r"is full: base has .*TMPDIR"), scratch.scratch("base"):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos")
