@@ -35,6 +35,7 @@ from stages.config import (
     TuneConfig,
     environment,
 )
+from tasks.environments import EnvironmentFile
 from tasks.mixture import Part
 
 PRESETS = Path(__file__).parent / "presets"
@@ -183,6 +184,7 @@ def load_config(
         values = _merge(_giving_way(named, values), _merge({"preset": preset}, values))
     values = _with_mixtures(values)
     _refuse_unknown_keys(values)
+    values = _with_environment(values)
     checked = _validate(values)
     values.setdefault("name", preset or f"d{checked.model.depth}")
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
@@ -245,8 +247,19 @@ def _with_mixtures(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"data": data}
 
 
+def _with_environment(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the user's environment read."""
+    rl = values.get("rl")
+    if not isinstance(rl, dict) or not isinstance(path := rl.get("environment"), str):
+        return values
+    try:
+        return _merge(values, {"rl": {"environment": EnvironmentFile.read(path).model_dump()}})
+    except ValueError as error:
+        raise ConfigError(f"rl.environment = {path!r}: {error}") from error
+
+
 def _with_vocabulary(values: dict[str, Any], checked: Config) -> dict[str, Any]:
-    """What a tokenizer that is not trained here settles: its place, and the size of the vocabulary."""
+    """What a tokenizer that is not trained here settles: its place and content, and the size of the vocabulary."""
     source, alphabet = checked.tokenizer.source, checked.tokenizer.alphabet
     if source == "bpe":
         return {}
@@ -315,7 +328,7 @@ def _parse_set(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set {text!r} must be KEY=VALUE, such as --set base.total_batch_size=262144")
     try:
         parsed: Any = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         parsed = value.strip()
     for part in reversed(key.strip().split(".")):
         parsed = {part: parsed}
