@@ -22,6 +22,7 @@ from models.spec import Family
 from pipeline import scaling
 from stages.config import (
     BUDGETS,
+    FOUND,
     NONE,
     SHAPE,
     BaseConfig,
@@ -137,7 +138,7 @@ def identity_of(stage: str, config: Config) -> dict[str, Any]:
     identity: dict[str, Any] = {"seed": config.seed}
     if stage == "tokenizer":
         if config.tokenizer.source != "bpe":
-            return {"tokenizer": config.tokenizer.model_dump(mode="json", include={"source", "alphabet"})}
+            return {"tokenizer": config.tokenizer.identity()}
         corpus = {"corpus", "text_column", "shards", "max_documents", "validation_documents", "synthetic_documents"}
         identity["data"] = config.data.model_dump(mode="json", include=corpus)
         identity["tokenizer"] = config.tokenizer.identity()
@@ -164,7 +165,7 @@ def dotted_keys(model: type[BaseModel] = Config, where: str = "") -> list[str]:
     for name, info in model.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             keys += dotted_keys(info.annotation, f"{where}{name}.")
-        else:
+        elif info.json_schema_extra != FOUND:
             keys.append(where + name)
     return keys
 
@@ -264,17 +265,19 @@ def _with_vocabulary(values: dict[str, Any], checked: Config) -> dict[str, Any]:
     if source == "bpe":
         return {}
     from corpus.tokenizers import ENCODINGS, fixed_vocab_size  # not needed where the tokenizer is trained
+    from corpus.vocabularies import digest_of
 
-    if source not in (*ENCODINGS, "chars"):
-        source = absolute(source)
+    named = source in (*ENCODINGS, "chars")
+    source = source if named else absolute(source)
     try:
         size = fixed_vocab_size(source, alphabet)
+        digest = None if named else digest_of(source)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     given = values.get("model", {}).get("vocab_size", size)
     if given != size:
         raise ConfigError(f"model.vocab_size = {given}: the tokenizer {source} has {size} tokens; leave it out")
-    return {"tokenizer": {"source": source}, "model": {"vocab_size": size}}
+    return {"tokenizer": {"source": source, "digest": digest}, "model": {"vocab_size": size}}
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
