@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -37,7 +37,7 @@ from stages.config import (
     environment,
 )
 from tasks.environments import EnvironmentFile
-from tasks.mixture import Part
+from tasks.mixture import Part, digest_of
 
 PRESETS = Path(__file__).parent / "presets"
 MIXTURE = Path(__file__).parent / "mixtures" / "nanochat.toml"
@@ -190,6 +190,7 @@ def load_config(
     values.setdefault("name", preset or f"d{checked.model.depth}")
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
     values = _merge(values, _with_vocabulary(values, checked))
+    values = _merge(values, {"data": {"digests": _digests(checked.data)}})
     if checked.with_rl and not has_problems(checked):
         raise ConfigError(
             "--with-rl needs problems to train on: give --gsm8k a folder, hub:openai/gsm8k or synthetic, "
@@ -265,19 +266,37 @@ def _with_vocabulary(values: dict[str, Any], checked: Config) -> dict[str, Any]:
     if source == "bpe":
         return {}
     from corpus.tokenizers import ENCODINGS, fixed_vocab_size  # not needed where the tokenizer is trained
-    from corpus.vocabularies import digest_of
+    from corpus.vocabularies import digest_of as digest_of_vocabulary
 
     named = source in (*ENCODINGS, "chars")
     source = source if named else absolute(source)
     try:
         size = fixed_vocab_size(source, alphabet)
-        digest = None if named else digest_of(source)
+        digest = None if named else digest_of_vocabulary(source)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     given = values.get("model", {}).get("vocab_size", size)
     if given != size:
         raise ConfigError(f"model.vocab_size = {given}: the tokenizer {source} has {size} tokens; leave it out")
     return {"tokenizer": {"source": source, "digest": digest}, "model": {"vocab_size": size}}
+
+
+def _digests(data: DataConfig) -> dict[str, str]:
+    """SHA-256 of the small files that `data` names, by their place."""
+    found = {part.source: digest_of(part) for part in data.sources() if os.path.isabs(part.source)}
+    return {place: digest for place, digest in found.items() if digest is not None}
+
+
+def as_found(config: Config, recorded: Callable[[], Config | None]) -> Config:
+    """`config` with what an earlier attempt, in `recorded`, found in files that are gone by now: what was made from
+    them need not be made again."""
+    places = {part.source for part in config.data.sources() if os.path.isabs(part.source)}
+    gone = {place for place in places if not os.path.lexists(place)}
+    before = recorded() if gone else None
+    if before is None:
+        return config
+    kept = {place: digest for place, digest in before.data.digests.items() if place in gone}
+    return config.model_copy(update={"data": config.data.model_copy(update={"digests": config.data.digests | kept})})
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:

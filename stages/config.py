@@ -63,6 +63,24 @@ class DataConfig(Section):
     sft: dict[str, Part] = Field({}, description="what sft trains on, part by part; unset: from chat and gsm8k")
     synthetic_documents: int = Field(20_000, ge=64, description="documents the synthetic corpus has")
     synthetic_problems: int = Field(40_000, ge=64, description="training problems the arithmetic task has")
+    digests: dict[str, str] = Field(
+        {},
+        description="SHA-256 of small files that chat, gsm8k and parts name, by their place",
+        json_schema_extra=FOUND,
+    )
+
+    def sources(self) -> list[Part]:
+        """All that conversations and problems are read from."""
+        named = [Part(source=self.chat)] if self.chat else []
+        return [*named, Part(source=self.gsm8k, format="gsm8k"), *self.mid.values(), *self.sft.values()]
+
+    def identity(self) -> dict[str, Any]:
+        """Small files by what they say, wherever they lie."""
+        identity = super().identity()
+        parts = [part for stage in ("mid", "sft") for part in identity[stage].values()]
+        for tree, key in [(identity, "chat"), (identity, "gsm8k"), *((part, "source") for part in parts)]:
+            tree[key] = self.digests.get(tree[key], tree[key])
+        return identity
 
 
 SHAPE = ("layers", "width", "heads", "kv_heads", "ffn_width")  # of the model, which `depth` sets by a rule

@@ -20,23 +20,26 @@ from cluster import manifest as manifests
 from cluster.manifest import Manifest
 from corpus.tokenizers import Tokenizer
 from pipeline import config as configuration
-from pipeline import plan
+from pipeline import plan, run
 from pipeline.artifacts import RunStore
 from pipeline.config import (
     PRESETS,
     Config,
     ConfigError,
     add_config_flags,
+    as_found,
     config_from_args,
     dotted_keys,
     identity_of,
     load_config,
     stage_names,
 )
+from pipeline.dag import StageError
 from pipeline.scaling import grad_accum_steps
 from pipeline.status import run_states
 from stages import tokenizer as tokenizer_stage
 from stages.context import StageContext
+from stages.ingest import check_unchanged
 
 
 def parsed(*argv: str) -> Config:
@@ -308,6 +311,75 @@ def test_status_needs_no_file_that_a_run_was_made_from(tmp_path: Path) -> None:
         state = run_states(store)[0]
     assert (state.state, state.drift) == ("done", [])
     assert str(source) not in opened
+
+
+def lines(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_small_files_of_data_are_known_by_what_they_say(tmp_path: Path) -> None:
+    """Elsewhere they are the same; edited under the same name, and only then, ingest makes other rows."""
+
+    def config(folder: Path) -> Config:
+        data = {"chat": str(folder / "chat.jsonl"), "gsm8k": str(folder)}
+        return load_config("demo", {"data": data}, [f"data.mid.own.source={folder / 'own.jsonl'}"])
+
+    names, folders = ("chat.jsonl", "own.jsonl", "train.jsonl", "test.jsonl"), [tmp_path / name for name in "ab"]
+    for folder in folders:
+        for name in names:
+            lines(folder / name, name)
+        lines(folder / "notes.txt", str(folder))
+    first, moved = map(config, folders)
+    for stage in stage_names(first):
+        assert identity_of(stage, moved) == identity_of(stage, first)
+    for name in names:
+        lines(folders[1] / name, "edited")
+        edited = config(folders[1])
+        for stage in stage_names(first):
+            assert (identity_of(stage, edited) != identity_of(stage, first)) == (stage == "ingest"), name
+        lines(folders[1] / name, name)
+    assert identity_of("ingest", config(folders[1])) == identity_of("ingest", first)
+    assert Config.model_validate(first.model_dump(mode="json")) == first
+    check_unchanged(first.data)
+    lines(folders[0] / "test.jsonl", "edited after the start")
+    with pytest.raises(ValueError, match=rf"^{folders[0]} is not what it was where the run was started"):
+        check_unchanged(first.data)
+
+
+def test_files_that_are_gone_are_what_an_earlier_attempt_found(tmp_path: Path) -> None:
+    chat, other = lines(tmp_path / "chat.jsonl", "one"), lines(tmp_path / "other.jsonl", "two")
+    sets = [f"data.mid.other.source={other}"]
+    first = load_config("demo", {"data": {"chat": str(chat)}}, sets)
+    chat.unlink()
+    again = load_config("demo", {"data": {"chat": str(chat)}}, sets)
+    assert identity_of("ingest", again) != identity_of("ingest", first)
+    assert identity_of("ingest", as_found(again, lambda: first)) == identity_of("ingest", first)
+    assert as_found(again, lambda: None) == again
+    lines(chat, "edited"), other.unlink()
+    edited = as_found(load_config("demo", {"data": {"chat": str(chat)}}, sets), lambda: first)
+    drift = manifests.drift(identity_of("ingest", first), identity_of("ingest", edited))
+    assert [line.partition(": ")[0] for line in drift] == ["data.chat", "data.mid.chat.source", "data.sft.chat.source"]
+
+
+def test_a_run_goes_on_without_the_files_that_ingest_has_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, store = lines(tmp_path / "chat.jsonl", "one"), RunStore(str(tmp_path), "demo")
+    argv = ["--preset", "demo", "--storage", str(tmp_path), "--chat", str(chat)]
+    config = parsed(*argv)
+    store.record(config)
+    tokenizer = Manifest("demo", "tokenizer", [], identity_of("tokenizer", config))
+    upstream = {"tokenizer": tokenizer.digest()}
+    manifests.write(store.stage("tokenizer"), tokenizer)
+    manifests.write(store.stage("ingest"), Manifest("demo", "ingest", [], identity_of("ingest", config), upstream))
+    chat.unlink()
+    assert run.main([*argv, "--until", "ingest", "--dry-run"]) == 0
+    assert ["ingest", "done", "skip"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    lines(chat, "edited")
+    with pytest.raises(StageError, match=r"ingest: data\.chat: \w{64} -> \w{64}"):
+        run.main([*argv, "--until", "ingest", "--dry-run"])
 
 
 def test_a_preset_is_known_by_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
