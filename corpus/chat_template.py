@@ -49,7 +49,9 @@ _TEMPLATE = """\
 {%- set state = namespace(system='', previous='', text='') -%}
 {{- bos_token -}}
 {%- for message in messages -%}
-  {%- if message is not mapping -%}{{- raise_exception('a message must be an object with role and content') -}}{%- endif -%}
+  {%- if message is not mapping -%}
+    {{- raise_exception('a message must be an object with role and content') -}}
+  {%- endif -%}
   {%- if message.role not in roles -%}
     {%- set role = message.role | string | truncate(40) -%}
     {{- raise_exception("a message has the role '" ~ role ~ "'; the roles are " ~ roles | join(', ')) -}}

@@ -299,8 +299,8 @@ class _FromJson(Tokenizer):
     @classmethod
     def restore(cls, directory: Path, meta: dict[str, Any]) -> _FromJson:
         exported = json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
-        fast = _parse_json(json.dumps(exported | meta.get("own", {})))  # artifacts made before have nothing of their own
-        return cls(fast, meta["special_tokens"], _load_sizes(directory))
+        own = meta.get("own", {})  # before templates made marks, all of the export was
+        return cls(_parse_json(json.dumps(exported | own)), meta["special_tokens"], _load_sizes(directory))
 
     def _state(self, directory: Path) -> dict[str, Any]:
         data = json.loads(self._tokenizer.to_str())

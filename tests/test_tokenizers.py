@@ -198,7 +198,9 @@ def hf(request: pytest.FixtureRequest, opened: Callable[[str], Tokenizer], tmp_p
 
 
 @pytest.fixture(scope="module", params=[*MADE_HERE, *CHANGING, "chars", "gpt2", "cl100k_base", "qwen"])
-def served(request: pytest.FixtureRequest, opened: Callable[[str], Tokenizer], tmp_path_factory: pytest.TempPathFactory):
+def served(
+    request: pytest.FixtureRequest, opened: Callable[[str], Tokenizer], tmp_path_factory: pytest.TempPathFactory
+):
     """A tokenizer, and its export in transformers, which holds for vLLM's chats as well."""
     directory = tmp_path_factory.mktemp("served")
     opened(request.param).save(directory)
