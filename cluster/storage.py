@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -25,6 +26,11 @@ from pyarrow import fs
 CHUNK = 8 << 20  # bytes
 TRIES = 3
 TEMPORARY = ".tmp-"
+# `user:password@` within a URI, as opposed to `host:port/...@`, or a secret among its options
+CREDENTIALS = re.compile(
+    r"""(\w[\w.+-]*://)(?:[^\s/?#@"']*:(?!\d+[/?#&])[^\s@"']*@|\S*[?&][\w-]*(?:secret|token|password|access_key)[\w-]*=)""",
+    re.IGNORECASE,
+)
 
 
 class StorageError(RuntimeError):
@@ -39,6 +45,16 @@ class FileEntry:
 
 
 FileEntries = list[FileEntry]  # named here because Storage has a method called list
+
+
+def refuse_credentials(text: str) -> None:
+    """Raises ValueError, which does not repeat them, for a URI that holds credentials: URIs are recorded with a run,
+    hashed into what its artifacts are made from, and shown."""
+    if found := CREDENTIALS.search(text):
+        raise ValueError(
+            f"a {found[1]} URI with a key or password in it would be recorded and shown: take it out, and set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (Google: GOOGLE_APPLICATION_CREDENTIALS) in the environment"
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -73,6 +89,7 @@ class Storage:
 
     def __init__(self, uri: str | Path) -> None:
         text = str(uri).removeprefix("file://")
+        refuse_credentials(text)
         # Absolute, because a Ray worker runs in another directory than the driver.
         object.__setattr__(self, "uri", text if "://" in text else os.path.abspath(os.path.expanduser(text)))
 
