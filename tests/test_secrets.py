@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import SETTINGS, flags
-from runs import Command, Result, Run, fathom, one_clear_message, ray_directory, start
-from test_job import PORTS, free_ports
+from runs import Command, Run, fathom, one_clear_message, ray_directory, start
+from test_job import head_node
 
 from cluster.storage import Storage, refuse_credentials
 
@@ -45,8 +45,8 @@ def watching() -> Iterator[list[str]]:
     def look() -> None:
         while not ended.wait(0.02):
             for pid in psutil.pids():
-                with contextlib.suppress(OSError):
-                    line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+                with contextlib.suppress(psutil.Error):
+                    line = " ".join(psutil.Process(pid).cmdline())
                     seen.extend(line for value in SECRETS.values() if value in line)
 
     watcher = threading.Thread(target=look)
@@ -69,18 +69,8 @@ def holding(*folders: Path) -> list[str]:
     return found
 
 
-def told(result: Result) -> list[dict[str, str]]:
-    assert result.code == 0, result.output
-    values: list[dict[str, str]] = json.loads(result.stdout.splitlines()[-1])
-    return values
-
-
-def tell(**extra: str) -> Result:
-    return Command(sys.executable, "-c", TELL % list(SECRETS), **SECRETS, **extra).finish(120)
-
-
 def test_a_run_shows_and_keeps_no_secret(tmp_path: Path) -> None:
-    home, place = tmp_path / "home", Path(f"{ray_directory()}/s")  # a folder of its own; short, as it holds sockets
+    home, place = tmp_path / "home", ray_directory() / "own"  # a folder of its own; short, as it holds sockets
     home.mkdir()
     run = Run(tmp_path / "runs", "secrets", ["--preset", "demo", *SMALL])
     own = SECRETS | {"HOME": str(home), "RAY_TMPDIR": str(place)}
@@ -96,22 +86,17 @@ def test_a_run_shows_and_keeps_no_secret(tmp_path: Path) -> None:
     assert not any(value in result.output for value in SECRETS.values())
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="command lines are read from /proc")
 def test_the_workers_of_a_joined_cluster_have_the_secrets_and_nobody_else() -> None:
-    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
-    place = Path(f"{ray_directory()}/j")
-    options = [f"--temp-dir={place}", *(f"--{name}={port}" for name, port in ports.items())]
-    head = Command("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *options)
-    try:
+    place = ray_directory() / "joined"
+    with head_node(place) as ports:
         with watching() as seen:
-            head.until(lambda: "Ray runtime started" in head.output(), 60)
-            values = told(tell(RAY_ADDRESS=f"127.0.0.1:{ports['port']}"))
-        assert values == [SECRETS, SECRETS]
+            address = f"127.0.0.1:{ports['port']}"
+            result = Command(sys.executable, "-c", TELL % list(SECRETS), RAY_ADDRESS=address, **SECRETS).finish(120)
+        assert result.code == 0, result.output
+        assert json.loads(result.stdout.splitlines()[-1]) == [SECRETS, SECRETS]
         assert not seen
         assert list(place.rglob("runtime_env_agent.log")), "Ray's logs are elsewhere"
         assert not holding(place)
-    finally:
-        head.kill()
 
 
 def listening(pid: int) -> list[tuple[str, str]]:
