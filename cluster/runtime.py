@@ -46,7 +46,8 @@ def connect(debug: bool = False) -> str | None:
     runtime_env: dict[str, object] = {"env_vars": _worker_env()}
     if private:
         # As Ray does on macOS and Windows: its node is 127.0.0.1 then, which every process of it binds. An address
-        # given to ray.init would not do, since Ray makes this machine's public one of a loopback address.
+        # given to ray.init would not do, since Ray makes this machine's public one of a loopback address. What is left
+        # is the store in which training workers meet: torch binds it to every interface.
         ray_constants.ENABLE_RAY_CLUSTER = False
     else:  # workers of a private cluster inherit this process's environment
         runtime_env["worker_process_setup_hook"] = _environment_hook()

@@ -113,9 +113,9 @@ def listening(pid: int) -> list[tuple[str, str]]:
 
 
 def test_a_private_cluster_listens_on_loopback_alone_and_its_heads_death_is_one_message(tmp_path: Path) -> None:
-    run = Run(tmp_path, "head", ["--preset", "demo", *flags(SETTINGS | {"base.steps": 100_000})])
+    run = Run(tmp_path, "head", ["--preset", "demo", *flags(SETTINGS)])
     command = start("run", *run.arguments("--until", "base"))
-    assert command.until(lambda: (run.path / "base" / "progress.json").exists(), 240), command.output()
+    assert command.until(lambda: (run.path / "ingest" / "progress.json").exists(), 240), command.output()
     beyond = listening(command.process.pid)
     [head] = command.named("gcs_server")
     command.look()
