@@ -328,7 +328,7 @@ def test_a_run_whose_environment_does_not_work_does_not_begin(tmp_path: Path) ->
     config = config_with(file)
     names = stage_names(config)
     with pytest.raises(EnvironmentFault, match=r"own\.py, line 4, grade: it must return"):
-        submit(store, config, plan(store, config, names, names, []), Devices("cpu", cpus=1, gpus=0))
+        submit(store, config, plan(store, config, names, names, []), Devices("cpu", cpus=1, gpus=0), [], "token")
     assert not store.storage.exists()
 
 
