@@ -47,7 +47,7 @@ TEXT = st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"])), PIE
 HOSTILE = st.lists(
     st.one_of(
         TEXT,
-        st.sampled_from(SPELLED),
+        st.sampled_from([*SPELLED, "<<<SYS>>", "<<|bos|>"]),
         st.builds(lambda name, cut: name[:cut], st.sampled_from(SPELLED), st.integers(-3, 3)),
         st.builds(lambda name, marks: name[0] + MARK * marks + name[1:], st.sampled_from(SPELLED), st.integers(0, 3)),
         st.text(f"<|>[/s{MARK}"),
