@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import ROOT
 
@@ -47,7 +47,7 @@ TEXT = st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"])), PIE
 HOSTILE = st.lists(
     st.one_of(
         TEXT,
-        st.sampled_from(SPELLED),
+        st.sampled_from([*SPELLED, "<<<SYS>>", "<<|bos|>"]),
         st.builds(lambda name, cut: name[:cut], st.sampled_from(SPELLED), st.integers(-3, 3)),
         st.builds(lambda name, marks: name[0] + MARK * marks + name[1:], st.sampled_from(SPELLED), st.integers(0, 3)),
         st.text(f"<|>[/s{MARK}"),
@@ -253,6 +253,7 @@ def test_transformers_gives_the_same_ids(hf, text: str) -> None:
 
 
 @settings(deadline=None)
+@example(texts=["<<<SYS>>"] * 8)
 @given(texts=st.lists(HOSTILE, min_size=8, max_size=8))
 def test_no_message_is_read_otherwise_when_served(served, texts: list[str]) -> None:
     """Nor can it be steered out of its turn by special tokens, of the chat or of the vocabulary, that it spells."""
