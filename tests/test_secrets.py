@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,8 @@ from test_job import head_node
 
 from cluster.storage import Storage, refuse_credentials
 
-SECRETS = {
-    "HF_TOKEN": "hf_planted0one",
-    "AWS_ACCESS_KEY_ID": "AKPLANTED0TWO",
-    "AWS_SECRET_ACCESS_KEY": "planted0three",
-    "GOOGLE_APPLICATION_CREDENTIALS": "/planted0four.json",
-}
+NAMES = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS")
+SECRETS = {name: f"planted{uuid.uuid4().hex}" for name in NAMES}  # this process's own: it looks at the whole machine
 SMALL = flags(SETTINGS | {"base.steps": 2, "data.synthetic_documents": 500})
 # A Ray task, and one of another runtime environment, as a stage's workers and engines are.
 TELL = """
@@ -150,7 +147,7 @@ def test_a_uri_with_credentials_is_refused_without_repeating_them(uri: str) -> N
         return
     with pytest.raises(ValueError, match="AWS_ACCESS_KEY_ID") as refused:
         Storage(uri)
-    assert "lanted" not in str(refused.value)
+    assert "lanted0" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -167,4 +164,4 @@ def test_no_command_shows_the_credentials_of_a_uri(command: list[str]) -> None:
     if "--debug" not in command:
         one_clear_message(result, "AWS_SECRET_ACCESS_KEY")
     assert result.code == 1
-    assert "planted" not in result.output.lower()
+    assert "planted0" not in result.output.lower()
