@@ -7,19 +7,33 @@ was made from. Names place artifacts; the fingerprint only tells that an identit
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
-import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from cluster.storage import CHUNK, FileEntry, Storage, StorageError, hash_stream
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from cluster.storage import (
+    CHUNK,
+    READ_TRIES,
+    DamagedError,
+    FileEntry,
+    Storage,
+    StorageError,
+    UnreachableError,
+    checksum,
+    hash_stream,
+)
 
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
@@ -28,23 +42,20 @@ CHECKPOINTS = "checkpoints"
 log = logging.getLogger(__name__)
 
 
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def fingerprint(identity: dict[str, Any], upstream: dict[str, str]) -> str:
     """SHA-256 over what defines an artifact and what it is made from."""
-    return _sha256({"identity": identity, "upstream": upstream})
+    return checksum({"identity": identity, "upstream": upstream})
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-@dataclass
+@dataclass(config=ConfigDict(extra="forbid"))
 class Manifest:
     """`identity` holds nested config fields, `upstream` digests such as {"ingest:base": "..."}, `metrics` the figures
-    that status shows, `stats` all that was counted; `seconds` of work."""
+    that status shows, `stats` all that was counted; `seconds` of work. Raises ValueError for what is not of this shape.
+    """
 
     run: str
     stage: str
@@ -56,6 +67,12 @@ class Manifest:
     stats: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     created: str = field(default_factory=_now)
+
+    @model_validator(mode="after")
+    def _each_file_once(self) -> Manifest:
+        if len({file.path for file in self.files}) < len(self.files):
+            raise ValueError("a file is listed twice")
+        return self
 
     @property
     def fingerprint(self) -> str:
@@ -69,7 +86,10 @@ class Manifest:
     def digest(self, prefix: str = "") -> str:
         """SHA-256 over the content below `prefix`; what holds timings is left out."""
         kept = [f for f in self.below(prefix) if Path(f.path).name not in (METRICS, REPORT)]
-        return _sha256([[f.path, f.size, f.sha256] for f in kept])
+        return checksum([[f.path, f.size, f.sha256] for f in kept])
+
+
+MANIFESTS = TypeAdapter(Manifest)
 
 
 def write(storage: Storage, manifest: Manifest) -> None:
@@ -80,13 +100,39 @@ def write(storage: Storage, manifest: Manifest) -> None:
 def read(storage: Storage) -> Manifest | None:
     """The manifest at `storage`, None when there is none; StorageError when it cannot be understood."""
     try:
-        raw = storage.read_json(MANIFEST)
+        return MANIFESTS.validate_python(storage.read_json(MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValidationError as error:
+        raise DamagedError(f"{storage.uri}/{MANIFEST} is not a manifest of this version: {faults(error)}") from error
+
+
+def faults(error: ValidationError) -> str:
+    """What does not fit, without the values, which come from outside and may be long."""
+    lines = [f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg']}" for e in error.errors(include_url=False)]
+    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+Informing = TypeVar("Informing", bound=BaseModel)
+
+
+def informing(storage: Storage, path: str, kind: type[Informing]) -> Informing | None:
+    """A file that only informs; None when it is absent or, which is said once, when it cannot be understood."""
     try:
-        return Manifest(**{**raw, "files": [FileEntry(**f) for f in raw["files"]]})
-    except (TypeError, KeyError) as error:
-        raise StorageError(f"{storage.uri}/{MANIFEST} is not a manifest of this version: {error!r}") from error
+        return kind.model_validate(storage.read_json(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except DamagedError as error:
+        fault = str(error)
+    except ValidationError as error:
+        fault = f"{storage.uri}/{path} is not of this version: {faults(error)}"
+    _say_once(fault)
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _say_once(fault: str) -> None:
+    log.warning("%s; it only informs, so the run goes on without it", fault)
 
 
 def remove(storage: Storage) -> None:
@@ -100,15 +146,20 @@ def _recover(manifest: Manifest) -> str:
 
 
 def verify(storage: Storage, manifest: Manifest) -> None:
-    """Compare every file's size with the manifest; raises StorageError listing each that is missing or differs."""
-    there = storage.list()
-    faults = [
-        f"{f.path} is missing" if f.path not in there else f"{f.path} has {there[f.path]} bytes instead of {f.size}"
-        for f in manifest.files
-        if there.get(f.path) != f.size
-    ]
-    if faults:
-        raise StorageError(f"{storage.uri} is damaged or truncated: {'; '.join(faults)}. {_recover(manifest)}")
+    """Compare every file's size with the manifest; raises DamagedError listing each that is missing or differs."""
+    seen: list[list[str]] = []
+    while True:
+        there = storage.list()
+        wrong = [
+            f"{f.path} is missing" if f.path not in there else f"{f.path} has {there[f.path]} bytes instead of {f.size}"
+            for f in manifest.files
+            if there.get(f.path) != f.size
+        ]
+        if not wrong:
+            return
+        if wrong in seen:  # two listings agree
+            raise DamagedError(f"{storage.uri} is damaged or truncated: {'; '.join(wrong)}. {_recover(manifest)}")
+        seen.append(wrong)
 
 
 def fetch(storage: Storage, prefix: str = "", cache: Path | None = None) -> Path:
@@ -122,12 +173,12 @@ def fetch(storage: Storage, prefix: str = "", cache: Path | None = None) -> Path
         raise StorageError(f"{storage.uri} holds no complete artifact: it has no {MANIFEST}. Run its stage first")
     entries = manifest.below(prefix)
     if not entries:
-        raise StorageError(f"{storage.uri} has no files in {prefix or 'its root'}. {_recover(manifest)}")
+        raise DamagedError(f"{storage.uri} has no files in {prefix or 'its root'}. {_recover(manifest)}")
     root = local_root(storage, manifest.fingerprint, cache)
     with ThreadPoolExecutor(8) as pool:
-        faults = [fault for fault in pool.map(lambda entry: _bring(storage, entry, root), entries) if fault]
-    if faults:
-        raise StorageError(f"{storage.uri} is damaged: {'; '.join(faults)}. {_recover(manifest)}")
+        wrong = [fault for fault in pool.map(lambda entry: _bring(storage, entry, root), entries) if fault]
+    if wrong:
+        raise DamagedError(f"{storage.uri} is damaged: {'; '.join(wrong)}. {_recover(manifest)}")
     return root / prefix
 
 
@@ -142,7 +193,7 @@ def fetch_file(storage: Storage, entry: FileEntry, root: Path) -> Path:
     """One file below `root`, which `local_root` gave, its SHA-256 checked; downloaded once by the processes of a
     machine together. Raises StorageError where it is missing or damaged."""
     if fault := _bring(storage, entry, root):
-        raise StorageError(f"{storage.uri} is damaged: {fault}. Make it again with --force")
+        raise DamagedError(f"{storage.uri} is damaged: {fault}. Make it again with --force")
     return root / entry.path
 
 
@@ -158,30 +209,61 @@ def _bring(storage: Storage, entry: FileEntry, root: Path) -> str | None:
 
 
 def _check(entry: FileEntry, path: Path) -> str | None:
-    """What is wrong with a local file; None when its SHA-256 is right."""
-    try:
-        with path.open("rb") as stream:
-            size, digest = hash_stream(stream)
-    except FileNotFoundError:
-        return f"{entry.path} is missing"
-    if (size, digest) == (entry.size, entry.sha256):
-        return None
+    """What is wrong with a local file; None when its SHA-256 is right. A fault counts when two readings agree on it."""
+    seen: set[tuple[int, str]] = set()
+    for _ in range(READ_TRIES):
+        try:
+            with path.open("rb") as stream:
+                found = hash_stream(stream)
+        except FileNotFoundError:
+            return f"{entry.path} is missing"
+        if found == (entry.size, entry.sha256):
+            return None
+        if found in seen:
+            return _differs(entry, found)
+        seen.add(found)
+    raise UnreachableError(_unsteady(str(path)))
+
+
+def _differs(entry: FileEntry, found: tuple[int, str]) -> str:
+    size, digest = found
     return f"{entry.path} has {size} bytes, SHA-256 {digest[:12]} instead of {entry.size}, {entry.sha256[:12]}"
 
 
+def _unsteady(path: str) -> str:
+    return (
+        f"{path} reads differently in each of {READ_TRIES} tries: check the network and the storage, then run the "
+        "same command again"
+    )
+
+
 def _download(storage: Storage, entry: FileEntry, path: Path) -> str | None:
+    """Has a remote file at `path`; what is wrong with it in the storage, where two downloads agree on it."""
     if path.exists() and _check(entry, path) is None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
-    try:
+
+    def copy() -> tuple[int, str]:
+        digest, size = hashlib.sha256(), 0
         with storage.open_read(entry.path) as source, temporary.open("wb") as target:
             while chunk := source.read(CHUNK):
                 target.write(chunk)
-        fault = _check(entry, temporary)
-        if fault is None:
-            os.replace(temporary, path)
-        return fault
+                digest.update(chunk)
+                size += len(chunk)
+        return size, digest.hexdigest()
+
+    seen: set[tuple[int, str]] = set()
+    try:
+        for _ in range(READ_TRIES):
+            found = storage.reading(entry.path, copy)
+            if found == (entry.size, entry.sha256):
+                os.replace(temporary, path)
+                return None
+            if found in seen:
+                return _differs(entry, found)
+            seen.add(found)
+        raise UnreachableError(_unsteady(f"{storage.uri}/{entry.path}"))
     except FileNotFoundError:
         return f"{entry.path} is missing"
     finally:
@@ -207,8 +289,8 @@ def checkpoint_path(step: int) -> str:
 
 def checkpoints(stage: Storage) -> list[tuple[int, Storage]]:
     """The checkpoints of a stage that have a manifest, oldest first."""
-    folders = [p.removesuffix(f"/{MANIFEST}") for p in stage.list(CHECKPOINTS) if p.endswith(f"/{MANIFEST}")]
-    return sorted(((int(f.removeprefix("step_")), stage.at(CHECKPOINTS, f)) for f in folders), key=lambda c: c[0])
+    found = [re.fullmatch(rf"(step_(\d{{1,18}}))/{MANIFEST}", path) for path in stage.list(CHECKPOINTS)]
+    return sorted(((int(m[2]), stage.at(CHECKPOINTS, m[1])) for m in found if m), key=lambda c: c[0])
 
 
 def latest_checkpoint(
@@ -225,6 +307,6 @@ def latest_checkpoint(
                 if check is not None:
                     check(storage)
                 return step, storage, manifest
-        except StorageError as error:
+        except DamagedError as error:
             log.warning("checkpoint %d is passed over: %s", step, error)
     return None

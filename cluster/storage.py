@@ -1,11 +1,17 @@
 """One view of local directories and object stores, on pyarrow filesystems, that cannot lose a file silently.
 
 `Storage` is a root (a directory, `s3://bucket/prefix`, `gs://bucket/prefix`); every path below is relative to it.
-Only the URI is kept, so it pickles to any worker; the filesystem is opened once a process.
+Only names are kept, so it pickles to any worker; the filesystem is opened once a process.
+
+Reading is tried again by the kind of error: what is absent is absent at once, what the network or a disk did is tried
+READ_TRIES times. Local writes are synced, file and folder, before they count as done. JSON files carry a hash of
+their own content, so that a flipped byte is noticed where no manifest lists the file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -13,29 +19,60 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 CHUNK = 8 << 20  # bytes
-TRIES = 3
+TRIES = 3  # of an upload
+READ_TRIES = 6
+PAUSE_SECONDS = 0.2  # before the second try, and longer before each one after it
 TEMPORARY = ".tmp-"
+CHECKSUM = "sha256"  # the key of a JSON file that holds the SHA-256 of the others
+MARKER = ".fathom-run"  # made once, when a run begins; without it storage is not what it was, such as unmounted
+CLAIM = "claim.json"  # who holds a run
+
+Value = TypeVar("Value")
 
 
 class StorageError(RuntimeError):
     """Storage failed or holds something other than what was written; the message says what to do."""
 
 
-@dataclass(frozen=True)
+class UnreachableError(StorageError):
+    """Reading failed in every try. What is stored may well be whole, so nothing is to be made again for it."""
+
+
+class DamagedError(StorageError):
+    """What is stored is not what was written: two reads agree on it."""
+
+
+class FencedError(StorageError):
+    """Another process has taken the run over, so this one must not write any more."""
+
+
+def plain_path(path: str) -> str:
+    """`path`, which came from outside, where it names a file below a folder; else ValueError."""
+    parts = path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or any(c in path for c in "\\\0") or not path.isprintable():
+        raise ValueError(f"{path!r} is not the path of a file below a folder")
+    return path
+
+
+@checked_dataclass(frozen=True)
 class FileEntry:
-    path: str
-    size: int
-    sha256: str
+    """A file of an artifact, as its manifest lists it. Raises ValueError for a path that leads elsewhere."""
+
+    path: Annotated[str, AfterValidator(plain_path)]
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 FileEntries = list[FileEntry]  # named here because Storage has a method called list
@@ -65,21 +102,60 @@ def hash_stream(stream: Any) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
+def checksum(value: Any) -> str:
+    """SHA-256 over a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the names in a local folder on the disk, not only in memory."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a local folder and those above it, each synced into the one that holds it."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_folder(made.parent)
+
+
 @dataclass(frozen=True, init=False)
 class Storage:
-    """Raises OSError (FileNotFoundError for what is absent) on plain reads and writes, StorageError where stated."""
+    """Raises FileNotFoundError for what is absent, UnreachableError for reads that failed in every try, OSError on
+    writes, and StorageError where stated.
+
+    `of_run` gives the storage of a run that has begun. Below it nothing is written, or removed, where the run's marker
+    is not there (FileNotFoundError's kin: StorageError), or where another process has claimed the run (FencedError).
+    """
 
     uri: str
+    run: str = ""  # the root of the run that this lies in
+    token: str = ""  # of the claim under which it writes
 
-    def __init__(self, uri: str | Path) -> None:
+    def __init__(self, uri: str | Path, run: str = "", token: str = "") -> None:
         text = str(uri).removeprefix("file://")
         # Absolute, because a Ray worker runs in another directory than the driver.
         object.__setattr__(self, "uri", text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+        object.__setattr__(self, "run", run)
+        object.__setattr__(self, "token", token)
 
     def at(self, *parts: str) -> Storage:
         """The storage rooted at a folder below this one."""
         base, mark, query = self.uri.partition("?")
-        return type(self)("/".join([base.rstrip("/"), *(p.strip("/") for p in parts if p)]) + mark + query)
+        below = "/".join([base.rstrip("/"), *(p.strip("/") for p in parts if p)])
+        return dataclasses.replace(self, uri=below + mark + query)
+
+    def of_run(self, token: str) -> Storage:
+        """This root as that of a run, held by the claim with `token`; marks it where that was not done before."""
+        unbound = dataclasses.replace(self, run="", token="")
+        if not unbound.exists(MARKER):
+            unbound.write_bytes(MARKER, b"")
+        return dataclasses.replace(self, run=self.uri, token=token)
 
     @property
     def local_path(self) -> Path | None:
@@ -94,37 +170,94 @@ class Storage:
         filesystem, root = _open(self.uri)
         return filesystem, f"{root}/{path}" if path else root
 
+    def reading(self, path: str, read: Callable[[], Value]) -> Value:
+        """What `read`, which reads `path`, gives; UnreachableError, which names it, when every try failed."""
+        for attempt in range(READ_TRIES):
+            try:
+                return read()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
+                raise
+            except (OSError, pa.ArrowException) as error:
+                last = error
+            time.sleep(PAUSE_SECONDS * attempt)
+        raise UnreachableError(
+            f"{self.uri}/{path} could not be read in {READ_TRIES} tries: {last}. Nothing is known to be damaged: check "
+            "the network and the storage, then run the same command again"
+        ) from last
+
     def _info(self, path: str) -> fs.FileInfo:
         filesystem, full = self._at(path)
-        return filesystem.get_file_info(full)
+        return self.reading(path, lambda: filesystem.get_file_info(full))
 
     def exists(self, path: str = "") -> bool:
         return bool(self._info(path).type != fs.FileType.NotFound)
 
     def read_bytes(self, path: str) -> bytes:
-        with self.open_read(path) as stream:
-            return bytes(stream.read())
+        def read() -> bytes:
+            with self.open_read(path) as stream:
+                return bytes(stream.read())
+
+        return self.reading(path, read)
 
     def open_read(self, path: str) -> Any:
-        """A binary stream, read from front to back."""
+        """A binary stream, read from front to back, in one try."""
         filesystem, full = self._at(path)
         return filesystem.open_input_stream(full)
 
+    def hash(self, path: str) -> tuple[int, str]:
+        """Size in bytes and SHA-256 of a file as it is stored."""
+
+        def read() -> tuple[int, str]:
+            with self.open_read(path) as stream:
+                return hash_stream(stream)
+
+        return self.reading(path, read)
+
+    def check_held(self) -> None:
+        """Raises StorageError where this must not write: the run's folder is gone, or another process holds the run."""
+        if not self.run:
+            return
+        root = Storage(self.run)
+        if root.local_path is not None and not (root.local_path / MARKER).exists():
+            raise StorageError(
+                f"{self.run} is not what it was when the run began: its file {MARKER} is gone. Is a file system no "
+                "longer mounted there, or is this machine without it? Mount it again, then run the same command again"
+            )
+        try:
+            holder = root.read_json(CLAIM)
+        except (FileNotFoundError, StorageError):  # a claim that cannot be read is nobody's; the holder writes it anew
+            return
+        other = holder.get("token") if isinstance(holder, dict) else None
+        if other is not None and other != self.token:
+            raise FencedError(f"another process has taken over the run {self.run}: this one stops, and writes no more")
+
     @contextmanager
     def open_write(self, path: str) -> Iterator[Any]:
-        """A binary stream whose content appears under `path` only once it is whole."""
+        """A binary stream whose content appears under `path` only once it is whole, and, on a local disk, synced."""
         filesystem, full = self._at(path)
+        self.check_held()
         if self.local_path is None:
-            with filesystem.open_output_stream(full) as stream:
+            stream = filesystem.open_output_stream(full)
+            try:
                 yield stream
+            except BaseException:  # Arrow cannot abort: closed, the stream leaves what it has under the name
+                with contextlib.suppress(OSError):
+                    stream.close()
+                    filesystem.delete_file(full)
+                raise
+            stream.close()
             return
         target = Path(full)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
         try:
-            with filesystem.open_output_stream(str(temporary)) as stream:
-                yield stream
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            self.check_held()
             os.replace(temporary, target)
+            sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -134,18 +267,38 @@ class Storage:
             stream.write(data)
 
     def read_json(self, path: str) -> Any:
-        try:
-            return json.loads(self.read_bytes(path))
-        except ValueError as error:
-            raise StorageError(f"{self.uri}/{path} is not valid JSON: {error}") from error
+        """What `write_json` wrote. A fault of one read is read again; DamagedError for what is stored so."""
+        seen: set[bytes] = set()
+        while True:
+            data = self.read_bytes(path)
+            try:
+                value = json.loads(data)
+                if not isinstance(value, dict) or CHECKSUM not in value:  # of a version that wrote none
+                    return value
+                if value.pop(CHECKSUM) == checksum(value):
+                    return value
+                fault = "its content does not agree with the hash within it"
+            except (ValueError, RecursionError) as error:
+                fault = f"it is not valid JSON: {error}"
+            if data in seen:
+                raise DamagedError(f"{self.uri}/{path} is damaged: {fault}")
+            seen.add(data)
+            if len(seen) == READ_TRIES:
+                raise UnreachableError(
+                    f"{self.uri}/{path} reads differently in each of {READ_TRIES} tries: check the network and the "
+                    "storage, then run the same command again"
+                )
 
-    def write_json(self, path: str, value: Any) -> None:
-        self.write_bytes(path, json.dumps(value, indent=1, sort_keys=True).encode())
+    def write_json(self, path: str, value: dict[str, Any]) -> None:
+        """An object with string keys, and beside them a hash of it under `sha256`."""
+        plain = json.loads(json.dumps(value))
+        self.write_bytes(path, json.dumps(plain | {CHECKSUM: checksum(plain)}, indent=1, sort_keys=True).encode())
 
     def list(self, path: str = "") -> dict[str, int]:
         """Size in bytes of every file below `path`, keyed by its path relative to `path`; {} when absent."""
         filesystem, full = self._at(path)
-        found = filesystem.get_file_info(fs.FileSelector(full, recursive=True, allow_not_found=True))
+        selector = fs.FileSelector(full, recursive=True, allow_not_found=True)
+        found = self.reading(path, lambda: filesystem.get_file_info(selector))
         files = [i for i in found if i.type == fs.FileType.File and not i.base_name.startswith(TEMPORARY)]
         return {i.path[len(full) :].lstrip("/"): i.size for i in files}
 
@@ -153,12 +306,32 @@ class Storage:
         """Remove a file or a tree; what is absent is fine."""
         filesystem, full = self._at(path)
         kind = self._info(path).type
+        if kind == fs.FileType.NotFound:
+            return
+        self.check_held()
+        if self.local_path is None:
+            (filesystem.delete_file if kind == fs.FileType.File else filesystem.delete_dir)(full)
+            return
         if kind == fs.FileType.File:
-            filesystem.delete_file(full)
-        elif kind == fs.FileType.Directory and self.local_path is not None:
+            Path(full).unlink(missing_ok=True)
+        else:
             shutil.rmtree(full)
-        elif kind == fs.FileType.Directory:
-            filesystem.delete_dir(full)
+        sync_folder(Path(full).parent)
+
+    def move(self, path: str, target: str) -> None:
+        """Moves a tree to where nothing is. In an object store its files are copied there one by one."""
+        filesystem, full = self._at(path)
+        self.check_held()
+        if self.local_path is not None:
+            there = Path(self._at(target)[1])
+            _make_folder(there.parent)
+            os.rename(full, there)
+            sync_folder(there.parent)
+            sync_folder(Path(full).parent)
+            return
+        for name in self.list(path):
+            filesystem.copy_file(f"{full}/{name}", self._at(f"{target}/{name}")[1])
+        filesystem.delete_dir(full)
 
     def upload(self, local: Path, path: str) -> FileEntry:
         """Copy a file here, then read it back and compare size and SHA-256.
@@ -176,13 +349,14 @@ class Storage:
                         digest.update(chunk)
                         stream.write(chunk)
                         size += len(chunk)
-                with self.open_read(path) as stream:
-                    back = hash_stream(stream)
+                back = self.hash(path)
                 wrote = size, digest.hexdigest()
                 if back == wrote:
                     return FileEntry(path, *wrote)
                 fault = f"wrote {wrote[0]} bytes, SHA-256 {wrote[1][:12]}; read back {back[0]}, {back[1][:12]}"
-            except OSError as error:
+            except FencedError:
+                raise
+            except (OSError, UnreachableError) as error:
                 if not local.exists():
                     raise
                 fault = str(error)

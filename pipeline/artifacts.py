@@ -1,10 +1,13 @@
 """A run in storage: the state of each stage, and the claim that keeps a second run of the same name out.
 
 `{storage}/{run}/{stage}/` is a stage's artifact. It is done if and only if its manifest is there and verifies.
+Beside the artifacts lie small files that only inform: the claim, the progress of a stage, the configuration last used.
+One of these that cannot be read is as good as absent.
 """
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import logging
 import os
@@ -19,13 +22,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from cluster import manifest as manifests
-from cluster.manifest import Manifest
-from cluster.storage import Storage, StorageError
-from pipeline.config import Config, identity_of
-from stages.context import PROGRESS, settled
+from pydantic import BaseModel, ConfigDict, Field
 
-CONFIG, CLAIM = "config.json", "claim.json"
+from cluster import manifest as manifests
+from cluster.manifest import Manifest, informing
+from cluster.storage import CLAIM, Storage, StorageError
+from pipeline.config import Config, identity_of
+from stages.context import PROGRESS, TRACEBACK, Progress, settled
+
+CONFIG = "config.json"
+SET_ASIDE = ".set-aside"  # artifacts that --force replaces, until their successors are there
 BEAT_SECONDS = 2.0
 CONFIRM_SECONDS = 0.5
 LAPSE_SECONDS = 15.0
@@ -34,6 +40,19 @@ log = logging.getLogger(__name__)
 
 class RunHeldError(RuntimeError):
     """Another process holds the run, or has taken it over."""
+
+
+class Holder(BaseModel):
+    """Who holds a run; `beat` rises while the process lives."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    host: str
+    pid: int = Field(ge=1, lt=2**31)
+    user: str
+    since: str
+    token: str
+    beat: int
 
 
 @dataclass(frozen=True)
@@ -48,18 +67,22 @@ class StageState:
     manifest: Manifest | None = None
     drift: list[str] = field(default_factory=list)
     checkpoint_step: int | None = None
-    progress: dict[str, Any] | None = None
+    progress: Progress | None = None
     error: str | None = None
+    traceback: str | None = None  # the file that has it
 
 
 class RunStore:
     """One run below a storage root; raises ValueError for a name that could not be a folder."""
 
-    def __init__(self, storage_uri: str, run: str) -> None:
+    def __init__(self, storage_uri: str, run: str, token: str | None = None) -> None:
+        """With the `token` of a claim, what is written here is written under that claim."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run):
             raise ValueError(f"run name {run!r} must start with a letter or digit and hold only those, '.', '_', '-'")
         self.run = run
         self.storage = Storage(storage_uri).at(run)
+        if token is not None:
+            self.storage = self.storage.of_run(token)
         self._claim: Claim | None = None
 
     def stage(self, name: str) -> Storage:
@@ -69,22 +92,45 @@ class RunStore:
         """Delete a stage's artifact and checkpoints, manifest first."""
         manifests.remove(self.stage(name))
 
+    def set_aside(self, name: str) -> None:
+        """Keeps the finished artifact of a stage that is made again, and removes what else the stage has."""
+        if manifests.read(self.stage(name)) is None:
+            self.remove(name)
+            return
+        self.storage.delete(f"{SET_ASIDE}/{name}")
+        self.storage.move(name, f"{SET_ASIDE}/{name}")
+
+    def settle(self) -> list[str]:
+        """Ends what `set_aside` began: where the successor is there, its predecessor goes; where not even a checkpoint
+        of one is, the predecessor comes back. Returns the stages that came back."""
+        back = []
+        for name in {path.split("/")[0] for path in self.storage.list(SET_ASIDE)}:
+            stage = self.stage(name)
+            if manifests.read(stage) is None:
+                if manifests.checkpoints(stage):
+                    continue
+                trace = stage.read_bytes(TRACEBACK) if stage.exists(TRACEBACK) else None
+                self.storage.delete(name)
+                self.storage.move(f"{SET_ASIDE}/{name}", name)
+                if trace is not None:  # the message has named it
+                    stage.write_bytes(TRACEBACK, trace)
+                back.append(name)
+            self.storage.delete(f"{SET_ASIDE}/{name}")
+        if not self.storage.list(SET_ASIDE):
+            self.storage.delete(SET_ASIDE)
+        return sorted(back)
+
     def record(self, config: Config) -> None:
         """Keep the configuration beside the artifacts, for status."""
         self.storage.write_json(CONFIG, config.model_dump(mode="json"))
 
     def recorded(self) -> Config | None:
         """The configuration last run under this name; None when there is none this version can read."""
-        raw = _json(self.storage, CONFIG)
-        try:
-            return None if raw is None else Config.model_validate(raw)
-        except ValueError as error:
-            log.warning("%s/%s is of another version: %s", self.storage.uri, CONFIG, error)
-            return None
+        return informing(self.storage, CONFIG, Config)
 
-    def progress(self, name: str) -> dict[str, Any] | None:
-        """What the stage last reported: {state, step, steps, metrics, error, seconds}."""
-        return _json(self.stage(name), PROGRESS)
+    def progress(self, name: str) -> Progress | None:
+        """What the stage last reported."""
+        return informing(self.stage(name), PROGRESS, Progress)
 
     def state(
         self, name: str, identity: dict[str, Any] | None = None, upstream: dict[str, str] | None = None
@@ -102,7 +148,7 @@ class RunStore:
             manifests.verify(self.stage(name), manifest)
             lines = self._drift(manifest, identity, upstream)
             return StageState(name, "drifted" if lines else "done", manifest, lines, progress=progress)
-        doing, error = (progress or {}).get("state"), (progress or {}).get("error")
+        doing, error = (progress.state, progress.error) if progress else (None, None)
         checkpoint = manifests.latest_checkpoint(self.stage(name))
         step = checkpoint[0] if checkpoint else None
         lines = self._drift(checkpoint[2], identity, upstream) if checkpoint else []
@@ -115,7 +161,8 @@ class RunStore:
             state = "failed"
         else:
             state = "resumable" if checkpoint else "fresh"
-        return StageState(name, state, None, lines, step, progress, error)
+        trace = f"{self.stage(name).uri}/{TRACEBACK}" if error and self.stage(name).exists(TRACEBACK) else None
+        return StageState(name, state, None, lines, step, progress, error, trace)
 
     def _drift(self, manifest: Manifest, identity: dict[str, Any] | None, upstream: dict[str, str] | None) -> list[str]:
         lines = manifests.drift(manifest.identity, identity) if identity is not None else []
@@ -131,19 +178,19 @@ class RunStore:
         """Whether a living process holds the run; asks the system on its own host, else waits for a beat."""
         if self._claim is not None:
             return True
-        holder = _json(self.storage, CLAIM)
+        holder = informing(self.storage, CLAIM, Holder)
         if holder is None:
             return False
-        if holder["host"] == socket.gethostname():
-            return _pid_alive(holder["pid"])
+        if holder.host == socket.gethostname():
+            return _pid_alive(holder.pid)
         return self._beats(holder, 2 * BEAT_SECONDS)
 
-    def _beats(self, holder: dict[str, Any], seconds: float) -> bool:
+    def _beats(self, holder: Holder, seconds: float) -> bool:
         """Whether the claim changes while we watch. No clocks are compared: machines disagree on the time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(0.25)
-            now = _json(self.storage, CLAIM)
+            now = informing(self.storage, CLAIM, Holder)
             if now is None:
                 return False
             if now != holder:
@@ -152,19 +199,28 @@ class RunStore:
 
     @contextmanager
     def claim(self) -> Iterator[Claim]:
-        """Hold the run while the block runs; a dead holder's claim lapses. Raises RunHeldError naming a live holder."""
-        holder = _json(self.storage, CLAIM)
-        if holder is not None:
-            died = holder["host"] == socket.gethostname() and not _pid_alive(holder["pid"])
-            if not died and self._beats(holder, LAPSE_SECONDS):
-                raise RunHeldError(_held(self.run, holder))
+        """Hold the run while the block runs; a dead holder's claim lapses. Raises RunHeldError naming a live holder.
+
+        Meanwhile all that this store writes is written under the claim, and refused once another process has it.
+        """
         claim = Claim(self.storage, self.run)
-        claim.write()
+        while True:
+            holder = informing(self.storage, CLAIM, Holder)
+            if holder is not None:
+                died = holder.host == socket.gethostname() and not _pid_alive(holder.pid)
+                if not died and self._beats(holder, LAPSE_SECONDS):
+                    raise RunHeldError(_held(self.run, holder))
+            with self._alone():
+                now = informing(self.storage, CLAIM, Holder)
+                if now is None or now == holder:
+                    claim.write()
+                    break
         time.sleep(CONFIRM_SECONDS)
-        winner = _json(self.storage, CLAIM)
-        if winner is not None and winner["token"] != claim.token:
+        winner = informing(self.storage, CLAIM, Holder)
+        if winner is not None and winner.token != claim.token:
             raise RunHeldError(_held(self.run, winner))
-        self._claim = claim
+        unclaimed = self.storage
+        self.storage, self._claim = unclaimed.of_run(claim.token), claim
         beating = threading.Thread(target=claim.beat_on, daemon=True, name="claim")
         beating.start()
         try:
@@ -172,9 +228,23 @@ class RunStore:
         finally:
             claim.stop.set()
             beating.join()
-            self._claim = None
+            self.storage, self._claim = unclaimed, None
             if claim.lost is None:
                 self.storage.delete(CLAIM)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Where storage is local, no other process is in this block; an object store has no such lock to offer."""
+        if self.storage.local_path is None:
+            yield
+            return
+        self.storage.local_path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.storage.local_path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
 
 class Claim:
@@ -196,8 +266,8 @@ class Claim:
         """Beat until stopped, or until another token shows that the run was taken over while we could not beat."""
         while not self.stop.wait(BEAT_SECONDS):
             try:
-                holder = _json(self.storage, CLAIM)
-                if holder is not None and holder["token"] != self.token:
+                holder = informing(self.storage, CLAIM, Holder)
+                if holder is not None and holder.token != self.token:
                     self.lost = _held(self.run, holder)
                     return
                 self.write()
@@ -208,13 +278,6 @@ class Claim:
         """Raise RunHeldError when the run has been taken over."""
         if self.lost is not None:
             raise RunHeldError(self.lost)
-
-
-def _json(storage: Storage, path: str) -> dict[str, Any] | None:
-    try:
-        return dict(storage.read_json(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def _user() -> str:
@@ -234,8 +297,8 @@ def _pid_alive(pid: int) -> bool:
     return True
 
 
-def _held(run: str, holder: dict[str, Any]) -> str:
+def _held(run: str, holder: Holder) -> str:
     return (
-        f"run {run} is held by {holder['user']}@{holder['host']} pid {holder['pid']} since {holder['since']}; "
+        f"run {run} is held by {holder.user}@{holder.host} pid {holder.pid} since {holder.since}; "
         "wait for it, or give yours another name with --name"
     )

@@ -45,15 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fathom {name}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
-        if "--debug" in rest or not _is_users(error):
+        from pipeline.faults import is_users
+
+        if "--debug" in rest or not is_users(error):
             raise
-        # Ray wraps what a task raised; the cause alone has no remote traceback in its message.
-        print(f"fathom {name}: {getattr(error, 'cause', error)}", file=sys.stderr)
+        print(f"fathom {name}: {error}", file=sys.stderr)
         return 1
-
-
-def _is_users(error: Exception) -> bool:
-    from cluster.storage import StorageError
-    from pipeline.artifacts import RunHeldError
-
-    return isinstance(error, ValueError | OSError | StorageError | RunHeldError)

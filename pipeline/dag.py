@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from cluster.resources import Devices
 from cluster.storage import StorageError
 from pipeline.artifacts import RunStore, StageState
 from pipeline.config import Config, identity_of
-from stages.context import GROWING, PROGRESS, STOP, StageContext, Stopped
+from pipeline.faults import said
+from stages.context import GROWING, PROGRESS, STOP, TRACEBACK, Progress, StageContext, Stopped
 from tasks import environments
 
 # What each stage reads: a stage, or a folder of its artifact. Only these enter its fingerprint.
@@ -120,21 +122,28 @@ def reuse(store: RunStore, other: RunStore, config: Config, names: Sequence[str]
     return copied
 
 
-def submit(store: RunStore, config: Config, planned: Sequence[Planned], devices: Devices) -> dict[str, Any]:
-    """Starts every stage that has something to do; returns the reference of each by name.
+def submit(
+    store: RunStore, config: Config, planned: Sequence[Planned], devices: Devices, force: Sequence[str], token: str
+) -> dict[str, Any]:
+    """Starts every stage that has something to do, under the claim of `token`; returns the reference of each by name.
 
-    Raises EnvironmentFault before anything is started, where the user's environment does not even begin to work.
+    Raises EnvironmentFault before anything is changed, where the user's environment does not even begin to work. Then
+    the artifacts of the stages in `force` are set aside.
     """
     asking = any("ingest:task" in UPSTREAM[p.state.name] for p in planned if p.action not in ("", "skip"))
     if config.rl.environment and asking:
         environments.check(config.rl.environment, config.rl.environment_timeout)
+    for name in force:
+        store.set_aside(name)
+    store.record(config)
     references: dict[str, Any] = {}
     # Ray Train asks the state API whether its controller lives, and without an address the API may answer for another
     # Ray on this machine, where there is no such actor: the workers would be taken down as orphans.
     env = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
     for item in planned:  # what an earlier attempt said of its end
         if item.action not in ("", "skip"):
-            store.stage(item.state.name).delete(PROGRESS)
+            for path in (PROGRESS, TRACEBACK):
+                store.stage(item.state.name).delete(path)
     for item in planned:
         name = item.state.name
         if item.action in ("", "skip"):
@@ -145,7 +154,7 @@ def submit(store: RunStore, config: Config, planned: Sequence[Planned], devices:
             del waits["ingest"]
         gpus = 1 if devices.kind == "cuda" and name.startswith("evaluate") else 0
         task = run_stage.options(name=f"stage:{name}", num_cpus=0, num_gpus=gpus, max_retries=0, runtime_env=env)
-        references[name] = task.remote(name, config, devices, *waits.values())
+        references[name] = task.remote(name, config, devices, token, *waits.values())
     return references
 
 
@@ -166,9 +175,10 @@ def digests_on_part(store: RunStore, config: Config) -> dict[str, str]:
 
 
 @ray.remote  # type: ignore[untyped-decorator]
-def run_stage(name: str, config: Config, devices: Devices, *waits_for: None) -> None:
-    """One stage, in a Ray task. `waits_for` are the stages it reads: Ray starts it when they are done."""
-    store = RunStore(config.storage, config.name)
+def run_stage(name: str, config: Config, devices: Devices, token: str, *waits_for: None) -> None:
+    """One stage, in a Ray task, which writes under the claim of `token`. `waits_for` are the stages it reads: Ray
+    starts it when they are done."""
+    store = RunStore(config.storage, config.name, token)
     digests = upstream_digests(store, name)
     if digests is None:  # base, beside an ingest that is at work
         digests = digests_on_part(store, config)
@@ -189,16 +199,19 @@ def run_stage(name: str, config: Config, devices: Devices, *waits_for: None) -> 
         upstream_digests=digests,
     )
     began = time.monotonic()
-    context.storage.write_json(PROGRESS, {"state": "running", "step": None, "steps": None, "metrics": {}})
+    context.storage.write_json(PROGRESS, Progress().model_dump())
     try:
         if context.storage.exists(STOP):
             raise Stopped("stopped as asked before it began")
         execute(context, config, devices)
     except BaseException as error:
         outcome = "stopped" if isinstance(error, Stopped) else "failed"
-        failed = {"state": outcome, "error": str(error), "seconds": time.monotonic() - began}
+        ended = {"state": outcome, "error": said(error), "seconds": time.monotonic() - began}
         try:
-            context.storage.write_json(PROGRESS, (store.progress(name) or {}) | failed)
+            if outcome == "failed":
+                context.storage.write_bytes(TRACEBACK, "".join(traceback.format_exception(error)).encode())
+            last = store.progress(name) or Progress()
+            context.storage.write_json(PROGRESS, last.model_copy(update=ended).model_dump())
         except (OSError, StorageError) as unwritten:  # the stage's own error matters more
             logging.getLogger(__name__).warning("%s failed, and its progress is unwritten: %s", name, unwritten)
         raise

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -33,7 +34,7 @@ from pipeline.dag import TRAINING, Planned, StageError, plan, reuse, submit
 from pipeline.plan import outlook
 from pipeline.status import run_states
 from pipeline.tracking import LiveView, final_table, plan_table
-from stages.context import PROGRESS, STOP
+from stages.context import PROGRESS, STOP, TRACEBACK
 
 CLAIM_CHECK_SECONDS = 2.0
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention on a CPU
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         raise StageError("--reuse-from copies artifacts, and --dry-run changes nothing: give one of them")
     config = config_from_args(args)
     store, console = RunStore(config.storage, config.name), Console()
-    console.print(f"run {config.name} in {store.storage.uri}", highlight=False, soft_wrap=True)
+    console.print(f"run {config.name} in {store.storage.uri}", highlight=False, markup=False, soft_wrap=True)
     names = stage_names(config)
     selected = select(names, args.only, args.first, args.until, args.force)
     if args.dry_run:
@@ -70,14 +71,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     store.storage.check_writable()
     with store.claim() as claim:
+        for name in store.settle():  # an attempt that was killed before it made anything
+            console.print(f"{name:<14}  the artifact from before --force is back", highlight=False)
         if args.reuse_from:
             for name in reuse(store, RunStore(config.storage, args.reuse_from), config, names):
-                console.print(f"{name:<14}  taken from run {args.reuse_from}", highlight=False)
+                console.print(f"{name:<14}  taken from run {args.reuse_from}", highlight=False, markup=False)
         planned = plan(store, config, names, selected, args.force)
-        for name in args.force:
-            store.remove(name)
-        store.record(config)
-        failure = execute(store, config, planned, console, args.debug, claim)
+        failure = execute(store, config, planned, console, args.debug, claim, args.force)
+        for name in store.settle():
+            console.print(f"{name:<14}  it made nothing: the artifact from before --force is back", highlight=False)
         states = run_states(store)
         final_table(store, [s for s in states if s.name in names], console)
     if failure is not None:
@@ -86,14 +88,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def execute(
-    store: RunStore, config: Config, planned: list[Planned], console: Console, debug: bool, claim: Claim
+    store: RunStore,
+    config: Config,
+    planned: list[Planned],
+    console: Console,
+    debug: bool,
+    claim: Claim,
+    force: Sequence[str] = (),
 ) -> Exception | None:
     """Runs what is planned, every branch to its end; returns the error of the first stage that failed.
 
-    Raises RunHeldError as soon as another process has taken the run over.
+    Everything that can be checked is checked before the artifacts of the stages in `force` are touched. Raises
+    RunHeldError as soon as another process has taken the run over.
     """
-    if all(item.action in ("", "skip") for item in planned):
+    to_do = [item.state.name for item in planned if item.action not in ("", "skip")]
+    if not to_do:
+        store.record(config)
         return None
+    check_space(store, config, to_do)
     dashboard = connect(debug)
     if dashboard:
         console.print(f"dashboard {dashboard}", highlight=False)
@@ -110,10 +122,10 @@ def execute(
         raise StageError(
             f"--workers {asked}{whose} needs as many {what}; this cluster has {there}: add --workers {there}"
         )
-    check_heads(config, devices.kind, [item.state.name for item in planned if item.action not in ("", "skip")])
+    check_heads(config, devices.kind, to_do)
     for name in TRAINING:
         store.stage(name).delete(STOP)
-    references = submit(store, config, planned, devices)
+    references = submit(store, config, planned, devices, force, claim.token)
     with LiveView(store, list(references), console) as view, stopping_on_sigterm(store, view) as stopping:
         pending = dict(references)
         while pending and not (stopping and not pending.keys() & set(TRAINING)):
@@ -130,9 +142,12 @@ def execute(
             failure: Exception = error
             if not debug:
                 cause = getattr(error, "cause", error)
+                progress, trace = store.progress(name), f"{store.stage(name).uri}/{TRACEBACK}"
+                words = (progress and progress.error) or str(cause) or type(cause).__name__
+                where = f"; the traceback is in {trace}" if store.stage(name).exists(TRACEBACK) else ""
                 failure = StageError(
-                    f"stage {name} failed: {str(cause) or type(cause).__name__}\nwhat is done stays done: "
-                    "run the same command again to go on from there, with --debug for the whole traceback"
+                    f"stage {name} failed: {words}\nwhat is done stays done: run the same command again to go on from "
+                    f"there{where}"
                 )
             return failure
     return None
@@ -144,8 +159,25 @@ def note_end(store: RunStore, name: str, reference: Any) -> None:
         ray.get(reference)
     except ray.exceptions.RayError as error:
         progress = store.progress(name)  # None: it did not begin, as what it reads was not made
-        if progress is not None and progress["state"] == "running":
-            store.stage(name).write_json(PROGRESS, progress | {"state": "failed", "error": str(error)})
+        if progress is not None and progress.state == "running":
+            ended = progress.model_copy(update={"state": "failed", "error": str(error)})
+            store.stage(name).write_json(PROGRESS, ended.model_dump())
+
+
+def check_space(store: RunStore, config: Config, names: list[str]) -> None:
+    """Raises StageError where a local disk has no room for what a training stage keeps at a time."""
+    folder = store.storage.local_path
+    training = [getattr(config, name) for name in names if name in TRAINING]
+    if folder is None or not training:
+        return
+    weights = 4 * config.model.spec().parameters  # bytes, in fp32; a checkpoint has two moments of each as well
+    needed = weights + 3 * weights * (1 + max(stage.keep_last for stage in training))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StageError(
+            f"{folder} has {free / 1e9:.1f} GB free, and a training stage of this size keeps {needed / 1e9:.1f} GB "
+            "there: make room, or name another place with --storage"
+        )
 
 
 def check_heads(config: Config, kind: str, names: list[str]) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from cluster import manifest as manifests
 from cluster.storage import StorageError
 from pipeline.artifacts import RunStore, StageState
+from stages.context import Progress
 
 POLL_SECONDS = 1.0
 LINE_SECONDS = 10.0
@@ -29,7 +31,7 @@ class Row:
     """One stage as last seen, and when which line about it was printed."""
 
     state: str = "waiting"
-    progress: dict[str, Any] | None = None
+    progress: Progress | None = None
     line: str = ""
     said: float = 0.0
     told: int = 0  # notes printed
@@ -38,11 +40,10 @@ class Row:
         """Step, loss or reward, tokens a second, time left; empty where not known or not running."""
         if self.state != "running" or self.progress is None:
             return ["", "", "", ""]
-        step, steps = self.progress.get("step") or 0, self.progress.get("steps")
-        metrics = self.progress.get("metrics") or {}
+        step, steps, metrics = self.progress.step or 0, self.progress.steps, self.progress.metrics
         shown = next((f"{name} {metrics[name]:.4g}" for name in ("reward", "loss") if name in metrics), "")
         speed = f"{metrics['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in metrics else ""
-        seconds = self.progress.get("seconds_left")
+        seconds = self.progress.seconds_left
         left = f"{duration(seconds)} left" if seconds is not None else ""
         return [f"{step}/{steps}" if steps else str(step or ""), shown, speed, left]
 
@@ -92,7 +93,7 @@ class LiveView:
                     continue
                 if not self.console.is_terminal:
                     self._say(name, row, before != row.state, now)
-                notes = (row.progress or {}).get("notes") or []
+                notes = row.progress.notes if row.progress else []
                 row.told = row.told if row.told <= len(notes) else 0  # a new attempt has begun
                 for note in notes[row.told :]:
                     self.console.print(f"{name:<14}  {note}", highlight=False, markup=False, soft_wrap=True)
@@ -107,7 +108,7 @@ class LiveView:
         if progress is None or progress == self.stale[name]:
             return row.state
         row.progress = progress
-        return str(progress.get("state", "running"))
+        return progress.state
 
     def _say(self, name: str, row: Row, changed: bool, now: float) -> None:
         line = "  ".join([f"{name:<14}", row.state, *filter(None, row.cells())])
@@ -152,14 +153,12 @@ def _number(value: float) -> str:
 
 def summary(store: RunStore, state: StageState) -> dict[str, Any]:
     """One stage as plain values: name, state, seconds, metrics, uri."""
-    made: dict[str, Any] = state.progress or {}
-    if state.manifest is not None:
-        made = {"seconds": state.manifest.seconds, "metrics": state.manifest.metrics}
+    made = state.manifest or state.progress
     return {
         "name": state.name,
         "state": state.state,
-        "seconds": made.get("seconds"),
-        "metrics": made.get("metrics") or {},
+        "seconds": made.seconds if made else None,
+        "metrics": made.metrics if made else {},
         "uri": store.stage(state.name).uri,
     }
 
@@ -169,7 +168,7 @@ def final_table(store: RunStore, states: list[StageState], console: Console | No
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, 200)  # a log has no width of its own
-    table = Table(title=f"run {store.run}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=Text(f"run {store.run}"), title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "state", "time", "metrics", "artifact"):
         table.add_column(column, no_wrap=column in ("stage", "state", "time"), overflow="fold")
     for state in states:
@@ -178,12 +177,13 @@ def final_table(store: RunStore, states: list[StageState], console: Console | No
             state.name,
             f"[{style}]{state.state}[/]",
             duration(row["seconds"]),
-            key_metrics(row["metrics"]),
-            row["uri"] if state.manifest is not None else "",
+            Text(key_metrics(row["metrics"])),
+            Text(row["uri"] if state.manifest is not None else ""),
         )
     console.print(table)
     for state in states:
-        for line in [*state.drift, *([state.error] if state.error else [])]:
+        trace = [f"the whole traceback is in {state.traceback}"] if state.traceback else []
+        for line in [*state.drift, *([state.error] if state.error else []), *trace]:
             console.print(f"{state.name}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 

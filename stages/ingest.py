@@ -24,7 +24,7 @@ import numpy as np
 import ray.data
 
 from cluster import manifest
-from cluster.storage import FileEntry, StorageError
+from cluster.storage import READ_TRIES, DamagedError, FileEntry, Storage, StorageError
 from corpus.packing import Document as Packed
 from corpus.packing import Packing, pack
 from corpus.rows import ROWS_FILE, write_index
@@ -119,22 +119,27 @@ def ingest_corpus(
         "sources": sources,
         "shards": len(shards),
     }
-    if not storage.exists(PLAN) or storage.read_json(PLAN) != plan:
+    if _plan_of(storage) != plan:
         for path in (PLAN, NOTES, HASHES, "base"):  # of another configuration, or of other files under the same names
             storage.delete(path)
         storage.write_json(PLAN, plan)
     notes: dict[int, Note] = {}
     read_notes(storage, notes)
+    there = storage.list()
+    for i in [i for i, note in notes.items() if any(there.get(f["path"]) != f["size"] for f in note["files"])]:
+        del notes[i]  # made again, as are notes that are damaged
     progress = Progress(context, len(shards), notes)
     items = [{"index": i, "shard": json.dumps(shard)} for i, shard in enumerate(shards)]
-    hashed = {int(name) for name in storage.list(HASHES)}
     seen = [np.empty(0, dtype=np.uint64)] * PARTITIONS
     for start in range(0, len(items), GROUP):
         group = items[start : start + GROUP]
         if data.deduplicate:
-            for _ in in_parallel([i for i in group if i["index"] not in hashed], hash_shard, (context,), config.tasks):
+            missing = [item for item in group if read_hashes(storage, item) is None]
+            for _ in in_parallel(missing, hash_shard, (context,), config.tasks):
                 pass
-            group = [item | {"kept": kept} for item, kept in zip(group, unique_in(context, group, seen), strict=True)]
+            hashes = [read_hashes(storage, item) for item in group]
+            kept = unique_in([h for h in hashes if h is not None], seen)
+            group = [item | {"kept": bits} for item, bits in zip(group, kept, strict=True)]
         todo = [item for item in group if item["index"] not in notes]
         for index, note in in_parallel(todo, pack_shard, (context, config.packing, row_len), config.tasks):
             notes[index] = json.loads(note)
@@ -167,19 +172,40 @@ def _guarded(item: dict[str, Any], function: Callable[..., str], arguments: tupl
         return {"index": item["index"], "result": "", "fault": str(error) or repr(error)}
 
 
+def _plan_of(storage: Storage) -> Any:
+    """The plan that an earlier attempt left; None where there is none that can be read."""
+    try:
+        return storage.read_json(PLAN)
+    except (FileNotFoundError, DamagedError):
+        return None
+
+
 def hash_shard(row: dict[str, Any], context: StageContext) -> str:
-    """Leaves 64 bits of a hash of every document of a shard, in order, in storage: (documents,) uint64."""
+    """Leaves 64 bits of a hash of every document of a shard, in order, in storage: (documents,) uint64, and behind them
+    their own SHA-256."""
     digest = functools.partial(hashlib.blake2b, digest_size=8)
     hashes = b"".join(digest(d.text.encode()).digest() for d in documents_of(json.loads(row["shard"])))
-    context.storage.write_bytes(f"{HASHES}/{row['index']:05d}", hashes)
+    context.storage.write_bytes(f"{HASHES}/{row['index']:05d}", hashes + hashlib.sha256(hashes).digest())
     return ""
 
 
-def unique_in(context: StageContext, group: list[dict[str, Any]], seen: list[np.ndarray]) -> list[bytes]:
-    """For every shard of a group, which of its documents are the first of their kind, as packed bits. `seen`, the
-    hashes of the groups before in PARTITIONS sorted arrays, grows by those of this one."""
-    paths = [f"{HASHES}/{item['index']:05d}" for item in group]
-    parts = [np.frombuffer(context.storage.read_bytes(path), dtype=np.uint64) for path in paths]
+def read_hashes(storage: Storage, item: dict[str, Any]) -> np.ndarray | None:
+    """What `hash_shard` left of a shard; None where that is absent or damaged, so that it is to be made."""
+    path = f"{HASHES}/{item['index']:05d}"
+    for _ in range(READ_TRIES):  # the fault may be that of one read
+        try:
+            data = storage.read_bytes(path)
+        except FileNotFoundError:
+            return None
+        hashes, seal = data[:-32], data[-32:]
+        if hashlib.sha256(hashes).digest() == seal:
+            return np.frombuffer(hashes, dtype=np.uint64)
+    return None
+
+
+def unique_in(parts: list[np.ndarray], seen: list[np.ndarray]) -> list[bytes]:
+    """For every shard of a group, given the hashes of its documents, which of them are the first of their kind, as
+    packed bits. `seen`, the hashes of the groups before in PARTITIONS sorted arrays, grows by those of this one."""
     values, places = np.unique(np.concatenate(parts), return_index=True)
     first = np.zeros(sum(map(len, parts)), dtype=bool)
     for i, known in enumerate(seen):

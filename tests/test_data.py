@@ -243,7 +243,7 @@ def test_verify_names_every_file_that_is_not_what_was_stored(store: RunStore, co
 def test_verify_counts_an_unreadable_manifest_as_damage(store: RunStore, command: Command) -> None:
     (Path(store.stage("tokenizer").uri) / "manifest.json").write_text("{")
     code, out, errors = command("verify")
-    assert code == 1 and "manifest.json is not valid JSON" in out and "--force tokenizer" in errors
+    assert code == 1 and "manifest.json is damaged: it is not valid JSON" in out and "--force tokenizer" in errors
     assert "ingest          ok, " in out
 
 

@@ -378,7 +378,7 @@ def test_an_ingest_that_was_killed_has_failed_for_those_that_wait(tmp_path: Path
     store.stage("ingest").write_json(PROGRESS, {"state": "running", "step": 3})
     note_end(store, "ingest", killed.remote())
     progress = store.progress("ingest")
-    assert progress is not None and progress["state"] == "failed" and progress["step"] == 3
+    assert progress is not None and progress.state == "failed" and progress.step == 3
     note_end(store, "evaluate_base", killed.remote())
     assert store.progress("evaluate_base") is None, "it had not begun"
 
@@ -389,9 +389,9 @@ def test_base_does_not_go_on_with_the_rows_of_other_files(
     made, stats = ingested(tmp_path / "run", tokenizer, corpus)
     base = StageContext("test", "base", Storage(tmp_path / "base"), {"ingest": Storage(tmp_path / "run")}, {}, {})
     base = replace(base, upstream_digests={"ingest:base": made.digest("base")})
-    base.storage.write_json(SOURCES, stats["sources"])  # what it noted when it began beside ingest
+    base.storage.write_json(SOURCES, {"sources": stats["sources"]})  # what it noted when it began beside ingest
     assert open_rows(base, "base/train").num_rows == stats["rows"]
-    base.storage.write_json(SOURCES, "others")
+    base.storage.write_json(SOURCES, {"sources": "others"})
     with pytest.raises(RuntimeError, match="not those that base has trained on: --force base"):
         open_rows(base, "base/train")
 

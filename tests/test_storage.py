@@ -167,7 +167,7 @@ def test_a_half_written_manifest_is_an_error(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     assert manifests.read(storage) is None
     storage.write_bytes("manifest.json", b'{"run": "x"')
-    with pytest.raises(StorageError, match=r"manifest\.json is not valid JSON"):
+    with pytest.raises(StorageError, match=r"manifest\.json is damaged: it is not valid JSON"):
         manifests.read(storage)
     storage.write_json("manifest.json", {"files": [], "colour": "red"})
     with pytest.raises(StorageError, match="colour"):

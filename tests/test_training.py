@@ -186,7 +186,7 @@ def test_a_checkpoint_without_a_manifest_is_ignored_and_removed(rows: Rows, tmp_
         run(tmp_path / "broken", rows, stop_at=STOP)
     storage = Storage(tmp_path / "broken")
     storage.at(manifest.checkpoint_path(10)).write_bytes("__0_0.distcp", b"half of it")
-    storage.at(manifest.checkpoint_path(10)).write_json("part-1.json", [])
+    storage.at(manifest.checkpoint_path(10)).write_json("part-1.json", {"files": []})
     with pytest.raises(Killed):  # in its first validation, which comes after the restore
         run(tmp_path / "broken", rows, stop_at=0)
     assert not storage.list(manifest.checkpoint_path(10))

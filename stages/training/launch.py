@@ -64,7 +64,7 @@ def launch(
             failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
             if failures and not any(isinstance(f, LOST) for f in failures):
                 # the others of the group fail with a RuntimeError for the connection that broke
-                raise min(failures, key=_is_from_others) from None
+                raise min(failures, key=_is_from_others) from error  # which has the worker's traceback
             reached = max((step for step, _ in manifest.checkpoints(context.storage)), default=0)
             lost, newest = (1 if reached > newest else lost + 1), max(reached, newest)
             if lost == ATTEMPTS:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cluster import hardware
-from cluster.storage import Storage, StorageError
-from stages.context import STOP
+from cluster.storage import FencedError, Storage, StorageError
+from stages.context import PROGRESS, STOP
 from stages.training.parallel import World
 
 logger = logging.getLogger(__name__)
@@ -169,6 +169,8 @@ class Reporter:
         now = time.monotonic()
         if now - self._written < 1.0 or (self._writing and not self._writing.done()):
             return
+        if self._writing:
+            self._writing.result()
         self._written = now
         step = self.records[-1]["step"] + 1
         fresh = step - (self._first_step or 0) - 1  # the first step's time holds the warm-up
@@ -191,8 +193,10 @@ class Reporter:
 
     def _write_progress(self, progress: dict[str, Any]) -> None:
         try:
-            self.storage.write_json("progress.json", progress)
+            self.storage.write_json(PROGRESS, progress)
             self.stop = self.storage.exists(STOP)
+        except FencedError:  # another process holds the run: this one must end
+            raise
         except (OSError, StorageError) as error:  # training does not hang on what is only shown
             logger.warning("progress is unwritten: %s", error)
 

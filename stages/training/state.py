@@ -211,7 +211,7 @@ class Checkpoints:
         files = target.upload_tree(directory)
         shutil.rmtree(directory)
         if self.world.rank != 0:
-            target.write_json(f"part-{self.world.rank}.json", [vars(f) for f in files])
+            target.write_json(f"part-{self.world.rank}.json", {"files": [vars(f) for f in files]})
             return
         for rank in range(1, self.world.size):
             files += [FileEntry(**f) for f in self._await_part(target, f"part-{rank}.json")]
@@ -228,4 +228,4 @@ class Checkpoints:
             if time.monotonic() > deadline:
                 raise StorageError(f"{target.uri}/{name} did not appear in {PART_TIMEOUT:.0f} s: is a worker stuck?")
             time.sleep(0.1)
-        return target.read_json(name)
+        return target.read_json(name)["files"]
