@@ -6,10 +6,10 @@ import contextlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from runs import ROOT, environment
-from s3 import Proxy, artifact, proxy, s3, soak, uri
-from test_training import CONFIG, STEPS, STOP, Killed, fresh_model, losses, run, write_rows
+from s3 import artifact, proxy, s3, soak, uri
+from test_training import ALONE, CONFIG, STEPS, STOP, Killed, fresh_model, losses, run, write_rows
 
 from cluster import manifest as manifests
 from cluster.storage import Storage, StorageError
@@ -144,17 +144,26 @@ def test_what_is_damaged_is_named_with_the_way_to_make_it_again(s3: int, tmp_pat
             manifests.verify(storage, made)
 
 
-def test_a_read_that_keeps_failing_names_the_path_and_blames_no_artifact(s3: int, tmp_path: Path) -> None:
-    artifact(Storage(uri(s3, "lost")), {"0/weights": b"w" * 1_000})
-    with proxy(s3) as between:
-        storage = Storage(uri(between.server_port, "lost"))
-        for kind, name in (("503", "0/weights"), ("reset", manifests.MANIFEST)):
-            between.plan = lambda path, kind=kind, name=name: kind if path.endswith(name) else None
-            with pytest.raises(StorageError, match=name) as told:
-                manifests.fetch(storage, cache=tmp_path)
-            assert "--force" not in str(told.value)
+def test_a_read_that_keeps_failing_names_the_path_and_blames_no_artifact(
+    s3: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.storage.READ_TRIES", 2)  # the client has tries of its own, of seconds
+    lost = {"lost/file": "0/weights", "lost/list": manifests.MANIFEST}
+    for prefix in lost:
+        artifact(Storage(uri(s3, prefix)), {"0/weights": b"w" * 1_000})
+
+    def message(prefix: str) -> str:
+        with pytest.raises(StorageError) as told:
+            manifests.fetch(Storage(uri(between.server_port, prefix)), cache=tmp_path)
+        return str(told.value)
+
+    with proxy(s3) as between, ThreadPoolExecutor(2) as pool:
+        between.plan = lambda path: "503" if path in {f"{prefix}/{name}" for prefix, name in lost.items()} else None
+        for name, told in zip(lost.values(), pool.map(message, lost), strict=True):
+            assert name in told and "--force" not in told
         between.plan = lambda path: None
-        assert (manifests.fetch(storage, cache=tmp_path) / "0/weights").read_bytes() == b"w" * 1_000
+        at = manifests.fetch(Storage(uri(between.server_port, "lost/file")), cache=tmp_path)
+        assert (at / "0/weights").read_bytes() == b"w" * 1_000
 
 
 def test_a_manifest_read_with_a_flipped_byte_is_never_another_manifest(s3: int) -> None:
@@ -181,31 +190,26 @@ def test_processes_that_fetch_at_once_into_one_cache_read_every_file_once(s3: in
     assert {name: (at / name).read_bytes() for name in files} == files
 
 
-def attempt(rank: int, path: Path, uris: list[str], stop_at: int | None, go_on: bool) -> None:
-    """One of two ranks that train on the storage at its own URI, resuming where there is a checkpoint. It is killed
-    where it validates step `stop_at`, or stops once it has restored where it is not to go on."""
-    os.environ["HOME"] = str(path / "home")  # of the cache
-    torch.set_num_threads(1)
-    meet = f"file://{path / f'meet-{stop_at}-{go_on}'}"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    world, storage = World.current(2), Storage(uris[rank])
+def attempt(storage: Storage, path: Path, world: World, stop_at: int | None = None, go_on: bool = True) -> Reporter:
+    """Trains on the storage, resuming where there is a checkpoint. Raises Killed where it validates step `stop_at`, or
+    once it has restored where it is not to go on."""
     context = StageContext("test", "base", storage, upstream={}, identity={}, upstream_digests={})
-    reporter = Reporter(storage, STEPS, quiet=rank > 0, max_skipped=CONFIG.max_skipped)
-    checkpoints = Checkpoints(context, world, path / f"scratch-{rank}", reporter, CONFIG.keep_last)
+    reporter = Reporter(storage, STEPS, quiet=world.rank > 0, max_skipped=CONFIG.max_skipped)
+    checkpoints = Checkpoints(context, world, path / f"scratch-{world.rank}", reporter, CONFIG.keep_last)
     restore, validated = checkpoints.restore, Counter[str]()
 
     def restored(*given: Any) -> Any:
         progress = restore(*given)
-        (path / f"resumed-{rank}").write_text(str(progress.step))
+        (path / f"resumed-{world.rank}").write_text(str(progress.step))
         if not go_on:
+            time.sleep(2)  # the first to end ends the other, which has to tell, too
             raise Killed
         return progress
 
     def validate(_: Any) -> float:
         if validated["times"] * CONFIG.eval_every == stop_at:
             checkpoints.wait()
-            dist.barrier()
-            os.kill(os.getpid(), signal.SIGKILL)
+            raise Killed
         validated["times"] += 1
         return math.nan
 
@@ -213,6 +217,16 @@ def attempt(rank: int, path: Path, uris: list[str], stop_at: int | None, go_on: 
     schedule = Schedule(STEPS, warmup_ratio=CONFIG.warmup_ratio, warmdown_ratio=CONFIG.warmdown_ratio)
     train(fresh_model(), Rows(path / "rows"), CONFIG, schedule, 0, world, checkpoints, reporter, validate)
     reporter.close()
+    return reporter
+
+
+def one_of_two(rank: int, path: Path, uris: list[str], go_on: bool) -> None:
+    """A rank with a URI of its own for the storage of both."""
+    os.environ["HOME"] = str(path / "home")  # of the cache
+    torch.set_num_threads(1)
+    meet = f"file://{path / f'meet-{go_on}'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    reporter = attempt(Storage(uris[rank]), path, World.current(2), go_on=go_on)
     if rank == 0:
         (path / "records.json").write_text(json.dumps(reporter.records))
     dist.destroy_process_group()
@@ -227,39 +241,25 @@ def resumed(path: Path) -> list[int | None]:
     return steps
 
 
-class Begun:
-    """Training of two ranks killed after its second checkpoint; `uris` of which the second rank's leads through a
-    proxy."""
-
-    def __init__(self, port: int, between: Proxy, path: Path) -> None:
-        self.between, self.path = between, path
-        self.uris = [uri(port, "resume/base"), uri(between.server_port, "resume/base")]
-        with pytest.raises(mp.ProcessExitedException):  # by SIGKILL
-            self.go(stop_at=2 * STOP)
-        assert resumed(path) == [0, 0]
-        saved = manifests.checkpoints(Storage(self.uris[0]))
-        assert [step for step, _ in saved][-1] == 2 * STOP and len(saved) == 2
-
-    def go(self, stop_at: int | None = None, go_on: bool = True) -> None:
-        mp.spawn(attempt, args=(self.path, self.uris, stop_at, go_on), nprocs=2)
-
-
 def test_ranks_resume_from_the_same_remote_checkpoint_whatever_one_of_them_reads(s3: int, tmp_path: Path) -> None:
     """First the newest checkpoint cannot be read by one rank at all, then every first read of it is spoilt."""
     rows = write_rows(tmp_path / "rows")
     _, alone = run(tmp_path / "alone" / "run", rows)
-    newest = manifests.checkpoint_path(2 * STOP)
+    newest, direct = manifests.checkpoint_path(2 * STOP), uri(s3, "resume/base")
+    with pytest.raises(Killed):
+        attempt(Storage(direct), tmp_path, ALONE, stop_at=2 * STOP)
+    assert [step for step, _ in manifests.checkpoints(Storage(direct))] == [STOP, 2 * STOP]
+    assert resumed(tmp_path) == [0, None]
     with proxy(s3) as between:
-        begun = Begun(s3, between, tmp_path)
+        uris = [direct, uri(between.server_port, "resume/base")]
         between.plan = lambda path: "503" if newest in path else None
-        with contextlib.suppress(mp.ProcessRaisedException, mp.ProcessExitedException):
-            begun.go(go_on=False)
-        steps = set(resumed(tmp_path)) - {None}
-        assert len(steps) <= 1, "the ranks go on from different steps"
+        with pytest.raises((mp.ProcessRaisedException, mp.ProcessExitedException)):
+            mp.spawn(one_of_two, args=(tmp_path, uris, False), nprocs=2)
+        assert len(set(resumed(tmp_path)) - {None}) <= 1, "the ranks go on from different steps"
 
         between.reads.clear()
         between.plan = lambda path: "flip" if newest in path and not between.reads[path] else None
-        begun.go()
+        mp.spawn(one_of_two, args=(tmp_path, uris, True), nprocs=2)
         assert resumed(tmp_path) == [2 * STOP, 2 * STOP]
     records = json.loads((tmp_path / "records.json").read_text())
     found = {record["step"]: record["loss"] for record in records if "loss" in record}
