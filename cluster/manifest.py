@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from cluster.scratch import cache_folder
 from cluster.storage import (
     CHUNK,
     READ_TRIES,
@@ -185,8 +186,12 @@ def fetch(storage: Storage, prefix: str = "", cache: Path | None = None) -> Path
 def local_root(storage: Storage, fingerprint: str, cache: Path | None = None) -> Path:
     """Where this machine has the files of an artifact: in the storage itself where that is local, else below `cache`
     (default ~/.cache/fathom)."""
-    cache = cache or Path.home() / ".cache" / "fathom"
-    return storage.local_path or cache / hashlib.sha256(storage.uri.encode()).hexdigest()[:16] / fingerprint[:16]
+    if storage.local_path is not None:
+        return storage.local_path
+    root = (cache or cache_folder()) / hashlib.sha256(storage.uri.encode()).hexdigest()[:16] / fingerprint[:16]
+    if root.exists():
+        os.utime(root)  # in use
+    return root
 
 
 def fetch_file(storage: Storage, entry: FileEntry, root: Path) -> Path:

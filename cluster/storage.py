@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -27,7 +28,7 @@ from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 CHUNK = 8 << 20  # bytes
@@ -38,6 +39,11 @@ TEMPORARY = ".tmp-"
 CHECKSUM = "sha256"  # the key of a JSON file that holds the SHA-256 of the others
 MARKER = ".fathom-run"  # made once, when a run begins; without it storage is not what it was, such as unmounted
 CLAIM = "claim.json"  # who holds a run
+# `user:password@` within a URI, as opposed to `host:port/...@`, or a secret among its options
+CREDENTIALS = re.compile(
+    r"""(\w[\w.+-]*://)(?:[^\s/?#@"']*:(?!\d+[/?#&])[^\s@"']*@|\S*[?&][\w-]*(?:secret|token|password|access_key)[\w-]*=)""",
+    re.IGNORECASE,
+)
 
 Value = TypeVar("Value")
 
@@ -66,16 +72,26 @@ def plain_path(path: str) -> str:
     return path
 
 
-@checked_dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FileEntry:
     """A file of an artifact, as its manifest lists it. Raises ValueError for a path that leads elsewhere."""
 
     path: Annotated[str, AfterValidator(plain_path)]
-    size: Annotated[int, Field(ge=0)]
+    size: Annotated[int, Field(ge=0, strict=True)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 FileEntries = list[FileEntry]  # named here because Storage has a method called list
+
+
+def refuse_credentials(text: str) -> None:
+    """Raises ValueError, which does not repeat them, for a URI that holds credentials: URIs are recorded with a run,
+    hashed into what its artifacts are made from, and shown."""
+    if found := CREDENTIALS.search(text):
+        raise ValueError(
+            f"a {found[1]} URI with a key or password in it would be recorded and shown: take it out, and set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (Google: GOOGLE_APPLICATION_CREDENTIALS) in the environment"
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -130,7 +146,7 @@ class Storage:
     writes, and StorageError where stated.
 
     `of_run` gives the storage of a run that has begun. Below it nothing is written, or removed, where the run's marker
-    is not there (FileNotFoundError's kin: StorageError), or where another process has claimed the run (FencedError).
+    is not there (StorageError), or where another process has claimed the run (FencedError).
     """
 
     uri: str
@@ -139,6 +155,7 @@ class Storage:
 
     def __init__(self, uri: str | Path, run: str = "", token: str = "") -> None:
         text = str(uri).removeprefix("file://")
+        refuse_credentials(text)
         # Absolute, because a Ray worker runs in another directory than the driver.
         object.__setattr__(self, "uri", text if "://" in text else os.path.abspath(os.path.expanduser(text)))
         object.__setattr__(self, "run", run)

@@ -7,7 +7,9 @@ A message of the role tool is such a result too: it stands in the turn of the as
 
 from __future__ import annotations
 
+import itertools
 import reprlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -131,11 +133,18 @@ def _is_part(part: Any) -> bool:
 def _render_turn(role: str, parts: list[dict[str, str]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     ids, mask = [tokenizer.special(f"<|{role}_start|>")], [0]
     written = role == "assistant"
-    for part in parts:
-        opening, closing, by_model = _PARTS[part["type"]]
-        piece = tokenizer.encode(part["text"])
+    for kind, text in _joined(parts):
+        opening, closing, by_model = _PARTS[kind]
+        piece = tokenizer.encode(text)
         if opening and closing:
             piece = [tokenizer.special(opening), *piece, tokenizer.special(closing)]
         ids += piece
         mask += [int(written and by_model)] * len(piece)
     return [*ids, tokenizer.special(f"<|{role}_end|>")], [*mask, int(written)]
+
+
+def _joined(parts: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
+    """(type, text) of each part. Texts with nothing between them are one, as they are in a template's output."""
+    for kind, same in itertools.groupby(parts, key=lambda part: part["type"]):
+        texts = [part["text"] for part in same]
+        yield from ((kind, text) for text in (["".join(texts)] if kind == "text" else texts))

@@ -1,7 +1,9 @@
 """Text to ids and back, by one interface: BPE trained here, OpenAI's encodings, others' files, or single characters.
 
 Every tokenizer has the nine special tokens of the chat format after all ids it had before, reads nothing but text from
-text, and is saved so that transformers reads it too.
+text, and is saved so that transformers reads it too: chats give the same ids there, whatever their messages say. Plain
+text given to transformers alone is taken as what a template wrote, so a special token spelled out in it is that token
+unless the call says `split_special_tokens=True`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from corpus.chat_template import CHAT_TEMPLATE
+from corpus.chat_template import chat_template, escapes, unescapes
 from corpus.vocabularies import ENCODINGS, Ranks, TokenizerJson, byte_level, gpt4_pattern, parse_ranks, read
 
 __all__ = ["ENCODINGS", "SPECIAL_TOKENS", "BytePairs", "Tokenizer", "UnknownCharacterError", "fixed_vocab_size"]
@@ -113,11 +115,15 @@ class Tokenizer(ABC):
         """The tokenizer of this kind in `directory`."""
 
     def save(self, directory: Path) -> None:
-        """Write what `load` reads, the bytes of each token, and the files transformers' AutoTokenizer reads."""
+        """Write what `load` reads, the bytes of each token, and the files transformers' AutoTokenizer reads.
+
+        Their tokenizer and template belong together: see `corpus.chat_template`.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         _write_json(directory / META_FILE, {"kind": self.kind, **self._state(directory)})
         np.save(directory / BYTES_FILE, self.token_bytes)
-        self._fast().save(str(directory / JSON_FILE), pretty=False)
+        exported = json.dumps(_with_marks(self._fast(), self._special), ensure_ascii=False, separators=(",", ":"))
+        (directory / JSON_FILE).write_text(exported, encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<|bos|>",
@@ -125,7 +131,7 @@ class Tokenizer(ABC):
             "clean_up_tokenization_spaces": False,
         }
         _write_json(directory / "tokenizer_config.json", config)
-        (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        (directory / "chat_template.jinja").write_text(chat_template(self._special), encoding="utf-8")
 
     @abstractmethod
     def _state(self, directory: Path) -> dict[str, Any]:
@@ -253,7 +259,10 @@ class _FromJson(Tokenizer):
 
     @classmethod
     def of(cls, vocabulary: TokenizerJson, source: str) -> _FromJson:
-        """`vocabulary` with the chat's special tokens. Raises ValueError where text could become a special token."""
+        """`vocabulary` with the chat's special tokens.
+
+        Raises ValueError where text could become a special token, or a chat's text something else in transformers.
+        """
         special = _with_chat_tokens(vocabulary.special, vocabulary.size)
         fast = _add_special(_parse_json(vocabulary.text), _with_chat_tokens({}, vocabulary.size))
         for name, i in special.items():
@@ -263,15 +272,40 @@ class _FromJson(Tokenizer):
         for name in special:
             if not set(special.values()).isdisjoint(tokenizer.encode(f"{name} a{name}a")):
                 raise ValueError(f"tokenizer {source} cannot be used: it reads its special token {name} from text")
+        if (text := tokenizer._lost_in_chats()) is not None:
+            raise ValueError(f"tokenizer {source} cannot be used: transformers would read {text!r} in a chat otherwise")
         return tokenizer
+
+    def _lost_in_chats(self) -> str | None:
+        """A text that the export reads otherwise within a message, if one of those that might be is.
+
+        These are special tokens of a single character, or that could begin in a message and end in what ends it, and
+        white space that is a token where only the first piece of a text is given a space.
+        """
+        exported = _parse_json(json.dumps(_with_marks(self._tokenizer, self._special)))
+        start, end = "<|user_start|>", "<|user_end|>"
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        texts = [f"a{token.content}a{token.content}" for token in added]
+        texts += [name[:cut] for name in self._special for cut in range(1, len(name))]
+        for text in texts:
+            escaped = text
+            for old, new in escapes(self._special):
+                escaped = escaped.replace(old, new)
+            ids = [self._special[start], *self.encode(text), self._special[end]]
+            if exported.encode(start + escaped + end, add_special_tokens=False).ids != ids:
+                return text
+        return None
 
     @classmethod
     def restore(cls, directory: Path, meta: dict[str, Any]) -> _FromJson:
-        fast = _parse_json((directory / JSON_FILE).read_text(encoding="utf-8"))
-        return cls(fast, meta["special_tokens"], _load_sizes(directory))
+        exported = json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
+        own = meta.get("own", {})  # before templates made marks, all of the export was
+        return cls(_parse_json(json.dumps(exported | own)), meta["special_tokens"], _load_sizes(directory))
 
     def _state(self, directory: Path) -> dict[str, Any]:
-        return {"special_tokens": self._special}
+        data = json.loads(self._tokenizer.to_str())
+        own = {part: data[part] for part in ("normalizer", "pre_tokenizer", "added_tokens")}
+        return {"special_tokens": self._special, "own": own}
 
     def _fast(self) -> Any:
         return self._tokenizer
@@ -347,6 +381,25 @@ def _add_special(fast: Any, special: dict[str, int]) -> Any:
     names = sorted(special, key=special.__getitem__)
     fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     return fast
+
+
+def _with_marks(fast: Any, special: Iterable[str]) -> dict[str, Any]:
+    """The tokenizer.json of `fast`, reading chats: each message by itself, the template's marks taken out of it.
+
+    Special tokens are cut out of a text before it is normalized, so what the marks part is never one.
+    """
+    data: dict[str, Any] = json.loads(fast.to_str())
+    for token in data["added_tokens"]:
+        token["normalized"] = token["normalized"] and not token["special"]
+    steps = [{"type": "Replace", "pattern": {"String": old}, "content": new} for old, new in unescapes(special)]
+    if data["normalizer"]:
+        steps.append(data["normalizer"])
+    data["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    pre_tokenizer = data["pre_tokenizer"] or {}
+    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+        if step.get("prepend_scheme") == "first":  # the first of a whole chat; each message is a first one here
+            step["prepend_scheme"] = "always"
+    return data
 
 
 def _parse_json(text: str) -> Any:

@@ -7,6 +7,7 @@ Two forms cover them all: ranks of byte strings with a pattern that splits text 
 from __future__ import annotations
 
 import binascii
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -92,6 +93,7 @@ ENCODINGS = {
     ),
     "o200k_base": Known(199_998, 200_019, GPT4O_PATTERN, {199_999: _END, 200_018: "<|endofprompt|>"}),
 }
+GPT2_FILES = ("encoder.json", "vocab.bpe")
 FILES = ENCODINGS | {
     "Llama 3": Known(128_000, 128_256, gpt4_pattern(3), _LLAMA3),
     "Qwen": Known(151_643, 151_669, gpt4_pattern(1), _QWEN),
@@ -121,6 +123,15 @@ def read(source: str) -> Ranks | TokenizerJson:
             f"{path} is no tokenizer that can be used here: {fault}. Give tiktoken ranks, a tokenizer.json, a "
             f"SentencePiece model, or a folder with encoder.json and vocab.bpe"
         ) from error
+
+
+def digest_of(source: str) -> str:
+    """SHA-256 of the file that `read` takes, or over those of a folder; OSError where there is none."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        parts = [hashlib.sha256((path / name).read_bytes()).hexdigest() for name in GPT2_FILES]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def parse_ranks(data: bytes) -> dict[bytes, int]:
@@ -157,7 +168,7 @@ def _tiktoken(data: bytes) -> Ranks:
 
 
 def _gpt2(folder: Path) -> Ranks:
-    for name in ("encoder.json", "vocab.bpe"):
+    for name in GPT2_FILES:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing: a tokenizer's folder holds encoder.json and vocab.bpe")
     try:

@@ -33,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP, end="", file=sys.stderr)
         return 2
     name, *rest = arguments
+    from cluster.storage import refuse_credentials  # not needed for the help
+
     command = importlib.import_module(f"pipeline.{name}")
     try:
+        refuse_credentials(" ".join(rest))
         status = int(command.main(rest))
         sys.stdout.flush()
         return status

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -22,6 +22,7 @@ from models.spec import Family
 from pipeline import scaling
 from stages.config import (
     BUDGETS,
+    FOUND,
     NONE,
     SHAPE,
     BaseConfig,
@@ -35,7 +36,8 @@ from stages.config import (
     TuneConfig,
     environment,
 )
-from tasks.mixture import Part
+from tasks.environments import EnvironmentFile
+from tasks.mixture import Part, digest_of
 
 PRESETS = Path(__file__).parent / "presets"
 MIXTURE = Path(__file__).parent / "mixtures" / "nanochat.toml"
@@ -136,7 +138,7 @@ def identity_of(stage: str, config: Config) -> dict[str, Any]:
     identity: dict[str, Any] = {"seed": config.seed}
     if stage == "tokenizer":
         if config.tokenizer.source != "bpe":
-            return {"tokenizer": config.tokenizer.model_dump(mode="json", include={"source", "alphabet"})}
+            return {"tokenizer": config.tokenizer.identity()}
         corpus = {"corpus", "text_column", "shards", "max_documents", "validation_documents", "synthetic_documents"}
         identity["data"] = config.data.model_dump(mode="json", include=corpus)
         identity["tokenizer"] = config.tokenizer.identity()
@@ -163,7 +165,7 @@ def dotted_keys(model: type[BaseModel] = Config, where: str = "") -> list[str]:
     for name, info in model.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             keys += dotted_keys(info.annotation, f"{where}{name}.")
-        else:
+        elif info.json_schema_extra != FOUND:
             keys.append(where + name)
     return keys
 
@@ -183,10 +185,12 @@ def load_config(
         values = _merge(_giving_way(named, values), _merge({"preset": preset}, values))
     values = _with_mixtures(values)
     _refuse_unknown_keys(values)
+    values = _with_environment(values)
     checked = _validate(values)
     values.setdefault("name", preset or f"d{checked.model.depth}")
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
     values = _merge(values, _with_vocabulary(values, checked))
+    values = _merge(values, {"data": {"digests": _digests(checked.data)}})
     if checked.with_rl and not has_problems(checked):
         raise ConfigError(
             "--with-rl needs problems to train on: give --gsm8k a folder, hub:openai/gsm8k or synthetic, "
@@ -245,23 +249,54 @@ def _with_mixtures(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"data": data}
 
 
+def _with_environment(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the user's environment read."""
+    rl = values.get("rl")
+    if not isinstance(rl, dict) or not isinstance(path := rl.get("environment"), str):
+        return values
+    try:
+        return _merge(values, {"rl": {"environment": EnvironmentFile.read(path).model_dump()}})
+    except ValueError as error:
+        raise ConfigError(f"rl.environment = {path!r}: {error}") from error
+
+
 def _with_vocabulary(values: dict[str, Any], checked: Config) -> dict[str, Any]:
-    """What a tokenizer that is not trained here settles: its place, and the size of the vocabulary."""
+    """What a tokenizer that is not trained here settles: its place and content, and the size of the vocabulary."""
     source, alphabet = checked.tokenizer.source, checked.tokenizer.alphabet
     if source == "bpe":
         return {}
     from corpus.tokenizers import ENCODINGS, fixed_vocab_size  # not needed where the tokenizer is trained
+    from corpus.vocabularies import digest_of as digest_of_vocabulary
 
-    if source not in (*ENCODINGS, "chars"):
-        source = absolute(source)
+    named = source in (*ENCODINGS, "chars")
+    source = source if named else absolute(source)
     try:
         size = fixed_vocab_size(source, alphabet)
+        digest = None if named else digest_of_vocabulary(source)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     given = values.get("model", {}).get("vocab_size", size)
     if given != size:
         raise ConfigError(f"model.vocab_size = {given}: the tokenizer {source} has {size} tokens; leave it out")
-    return {"tokenizer": {"source": source}, "model": {"vocab_size": size}}
+    return {"tokenizer": {"source": source, "digest": digest}, "model": {"vocab_size": size}}
+
+
+def _digests(data: DataConfig) -> dict[str, str]:
+    """SHA-256 of the small files that `data` names, by their place."""
+    found = {part.source: digest_of(part) for part in data.sources() if os.path.isabs(part.source)}
+    return {place: digest for place, digest in found.items() if digest is not None}
+
+
+def as_found(config: Config, recorded: Callable[[], Config | None]) -> Config:
+    """`config` with what an earlier attempt, in `recorded`, found in files that are gone by now: what was made from
+    them need not be made again."""
+    places = {part.source for part in config.data.sources() if os.path.isabs(part.source)}
+    gone = {place for place in places if not os.path.lexists(place)}
+    before = recorded() if gone else None
+    if before is None:
+        return config
+    kept = {place: digest for place, digest in before.data.digests.items() if place in gone}
+    return config.model_copy(update={"data": config.data.model_copy(update={"digests": config.data.digests | kept})})
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
@@ -315,7 +350,7 @@ def _parse_set(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set {text!r} must be KEY=VALUE, such as --set base.total_batch_size=262144")
     try:
         parsed: Any = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         parsed = value.strip()
     for part in reversed(key.strip().split(".")):
         parsed = {part: parsed}

@@ -13,6 +13,7 @@ import ray
 
 from cluster import manifest as manifests
 from cluster.resources import Devices
+from cluster.scratch import sweep
 from cluster.storage import StorageError
 from pipeline.artifacts import RunStore, StageState
 from pipeline.config import Config, identity_of
@@ -198,6 +199,7 @@ def run_stage(name: str, config: Config, devices: Devices, token: str, *waits_fo
         identity=identity,
         upstream_digests=digests,
     )
+    sweep()
     began = time.monotonic()
     context.storage.write_json(PROGRESS, Progress().model_dump())
     try:

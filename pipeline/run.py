@@ -25,6 +25,7 @@ from pipeline.config import (
     Config,
     add_config_flags,
     add_stage_flags,
+    as_found,
     config_from_args,
     load_config,
     select,
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         raise StageError("--reuse-from copies artifacts, and --dry-run changes nothing: give one of them")
     config = config_from_args(args)
     store, console = RunStore(config.storage, config.name), Console()
+    config = as_found(config, store.recorded)
     console.print(f"run {config.name} in {store.storage.uri}", highlight=False, markup=False, soft_wrap=True)
     names = stage_names(config)
     selected = select(names, args.only, args.first, args.until, args.force)

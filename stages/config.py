@@ -1,7 +1,8 @@
 """The settings of every stage, one frozen model a stage. No torch and no ray here: planning imports this.
 
-A field marked `environment` says how a stage is run, not what it makes; the rest is identity and enters the
-artifact's fingerprint. Fields that default to None are derived from depth and data by `pipeline.scaling`.
+A field marked `environment` says how a stage is run, not what it makes, and one marked FOUND what a file says; the rest
+is identity and enters the artifact's fingerprint. Fields that default to None are derived from depth and data by
+`pipeline.scaling`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from models.spec import Family, ModelSpec
 from tasks.environments import EnvironmentFile
 from tasks.mixture import Part
 
+FOUND: dict[str, Any] = {"found": True}  # marks a field that the files which are given settle, and nobody by hand
+
 
 def environment(default: Any, description: str, **limits: Any) -> Any:
     """A field that may change between attempts without changing the artifact."""
@@ -26,8 +29,7 @@ class Section(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The fields that define the artifact, as plain JSON values."""
-        fields = type(self).model_fields
-        keep = {n for n, f in fields.items() if not (f.json_schema_extra or {}).get("environment")}  # type: ignore[union-attr]
+        keep = {name for name, field in type(self).model_fields.items() if not field.json_schema_extra}
         return self.model_dump(mode="json", include=keep)
 
 
@@ -61,6 +63,24 @@ class DataConfig(Section):
     sft: dict[str, Part] = Field({}, description="what sft trains on, part by part; unset: from chat and gsm8k")
     synthetic_documents: int = Field(20_000, ge=64, description="documents the synthetic corpus has")
     synthetic_problems: int = Field(40_000, ge=64, description="training problems the arithmetic task has")
+    digests: dict[str, str] = Field(
+        {},
+        description="SHA-256 of small files that chat, gsm8k and parts name, by their place",
+        json_schema_extra=FOUND,
+    )
+
+    def sources(self) -> list[Part]:
+        """All that conversations and problems are read from."""
+        named = [Part(source=self.chat)] if self.chat else []
+        return [*named, Part(source=self.gsm8k, format="gsm8k"), *self.mid.values(), *self.sft.values()]
+
+    def identity(self) -> dict[str, Any]:
+        """Small files by what they say, wherever they lie."""
+        identity = super().identity()
+        parts = [part for stage in ("mid", "sft") for part in identity[stage].values()]
+        for tree, key in [(identity, "chat"), (identity, "gsm8k"), *((part, "source") for part in parts)]:
+            tree[key] = self.digests.get(tree[key], tree[key])
+        return identity
 
 
 SHAPE = ("layers", "width", "heads", "kv_heads", "ffn_width")  # of the model, which `depth` sets by a rule
@@ -103,6 +123,15 @@ class TokenizerConfig(Section):
     alphabet: str = Field("0123456789+-*/=()., <>\n", description="the characters that `chars` knows")
     max_chars: int = Field(2_000_000_000, ge=1_000, description="characters of the corpus to train on")
     doc_chars: int = Field(10_000, ge=100, description="characters used of one document")
+    digest: str | None = Field(
+        None, description="SHA-256 of the file or folder that source names", json_schema_extra=FOUND
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """What the tokenizer is made from: a file by what it says, wherever it lies."""
+        if self.source == "bpe":
+            return super().identity()
+        return self.model_dump(mode="json", include={"digest"} if self.digest else {"source", "alphabet"})
 
 
 class IngestConfig(Section):

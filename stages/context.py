@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import manifest
 from cluster.manifest import Manifest
+from cluster.scratch import scratch
 from cluster.storage import FileEntry, Storage
 
 STOP = "stop"  # a file of this name in the storage of a stage that trains asks it to save and end
@@ -106,8 +105,6 @@ class StageContext:
         for path in (PROGRESS, SOURCES, TRACEBACK):
             self.storage.delete(path)
 
-    @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """A temporary directory on this machine."""
-        with tempfile.TemporaryDirectory(prefix=f"fathom-{self.stage}-") as name:
-            yield Path(name)
+    def scratch(self, needed: int = 0) -> AbstractContextManager[Path]:
+        """A temporary directory on this machine, for `needed` bytes; see `cluster.scratch`."""
+        return scratch(self.stage, needed)

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import math
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from stages.config import DataConfig, IngestConfig
 from stages.context import PROGRESS, StageContext
 from stages.conversations import ingest_mixture, is_held_out, task_problems, write_problems, write_rows
 from stages.growing import NOTES, PLAN, SPLITS, VALIDATION_SHARDS, Note, index_of, note_path, read_notes
-from tasks.mixture import sizes
+from tasks.mixture import digest_of, sizes
 
 GROUP = 256  # shards whose duplicates are looked for together
 FEW_SHARDS, SMALL_SHARD = 16, 4 << 20  # a corpus of fewer is cut into as many, none smaller: for all cores
@@ -89,6 +88,7 @@ def run(context: StageContext, data: DataConfig, config: IngestConfig, sequence_
             sizes(parts)  # mistakes now, not after hours
         except (ValueError, OSError) as error:
             raise ValueError(f"data.{stage}: {error}") from error
+    check_unchanged(data)
     entries, stats = ingest_corpus(context, data, config, sequence_len + 1, seed)
     figures = {name: stats[name] for name in ("documents", "tokens", "characters_per_token", "cropped_share", "rows")}
     with context.scratch() as directory:
@@ -98,6 +98,7 @@ def run(context: StageContext, data: DataConfig, config: IngestConfig, sequence_
             limit = data.validation_documents
             stats[stage] = ingest_mixture(directory / stage, stage, parts, tokenizer, sequence_len + 1, limit, seed)
             figures[f"{stage}_rows"] = stats[stage]["rows"]
+        check_unchanged(data)
         entries += context.storage.upload_tree(directory)
     made = context.manifest(sorted(entries, key=lambda e: e.path), figures, time.monotonic() - began, stats)
     manifest.write(context.storage, made)
@@ -105,6 +106,17 @@ def run(context: StageContext, data: DataConfig, config: IngestConfig, sequence_
         context.storage.delete(folder)
     for path in context.storage.list().keys() - {e.path for e in entries} - {manifest.MANIFEST}:
         context.storage.delete(path)  # what killed attempts left, too
+
+
+def check_unchanged(data: DataConfig) -> None:
+    """Raises ValueError for a file that does not say what the artifact's identity has it say."""
+    for part in data.sources():
+        was = data.digests.get(part.source)
+        if was is not None and digest_of(part) != was:
+            raise ValueError(
+                f"{part.source} is not what it was where the run was started, SHA-256 {was[:12]}: all machines need "
+                "the same, and it must not change before ingest is done; run the same command again to take it as it is"
+            )
 
 
 def ingest_corpus(
@@ -256,11 +268,11 @@ def pack_shard(row: dict[str, Any], context: StageContext, packing: Packing, row
 
     files: list[dict[str, Any]] = []
     index: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="fathom-ingest-") as scratch:
+    with context.scratch() as scratch:
         for split, documents in (("train", training()), ("val", held_out)):
             cropped: Counter[str] = Counter()
             packed = pack(documents, row_len, packing, counts=cropped)
-            directory = Path(scratch) / split
+            directory = scratch / split
             index[split] = write_rows(directory, packed, row_len, tokenizer.vocab_size, f"{row['index']:05d}")
             counts[f"{split}_rows"] += sum(count for _, count in index[split]["files"])
             counts["cropped"] += cropped["cropped"]

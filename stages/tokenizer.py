@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 from corpus.tokenizers import Tokenizer
+from corpus.vocabularies import digest_of
 from stages.config import DataConfig, TokenizerConfig
 from stages.context import StageContext
 from stages.conversations import is_held_out
@@ -39,6 +40,11 @@ def run(
             raise ValueError(f"corpus {data.corpus!r} holds no documents: every text in it was rejected")
     else:
         tokenizer = Tokenizer.open(config.source, config.alphabet)
+        if config.digest is not None and (now := digest_of(config.source)) != config.digest:
+            raise ValueError(
+                f"tokenizer {config.source} is not what it was where the run was started, SHA-256 {now[:12]} instead "
+                f"of {config.digest[:12]}: all machines need the same, and it must not change before this stage is done"
+            )
     with context.scratch() as directory:
         tokenizer.save(directory)
         context.publish(directory, {"vocab_size": tokenizer.vocab_size, **read}, time.monotonic() - began)

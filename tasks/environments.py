@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -17,14 +18,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import IO, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict
 
 from corpus.synthetic import Split
 from tasks.base import Problem, Tool
 
+LONGEST = 1 << 20  # characters of a file
 GRACE = 5.0  # seconds, beyond a call's, in which the process must have said where it was
 
 
@@ -33,28 +34,35 @@ class EnvironmentFault(ValueError):
 
 
 class EnvironmentFile(BaseModel):
-    """An environment's Python file. It travels with its text, as other machines may not have it."""
+    """An environment's Python file. It travels with its text, as other machines may not have it.
+
+    Only `read` opens a file, for a path that the user gives: what is read back from storage may name any.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
     text: str
 
-    @model_validator(mode="before")
     @classmethod
-    def _read(cls, value: Any) -> Any:
-        """A path alone will do. ValueError for one that cannot be read."""
-        if not isinstance(value, str):
-            return value
+    def read(cls, path: str) -> EnvironmentFile:
+        """The file at `path`. Raises ValueError for one that cannot be used."""
+        place = os.path.expanduser(path)
         try:
-            return {"path": value, "text": Path(value).expanduser().read_text(encoding="utf-8")}
-        except (OSError, UnicodeDecodeError) as error:
+            if not stat.S_ISREG(os.stat(place).st_mode):
+                raise ValueError("it is no regular file")  # a pipe would be waited for
+            with open(place, encoding="utf-8") as stream:
+                text = stream.read(LONGEST + 1)
+            if len(text) > LONGEST:
+                raise ValueError(f"it has more than {LONGEST:,} characters")
+        except (OSError, ValueError) as error:
             raise ValueError(f"this must be a Python file that can be read: {error}") from error
+        return cls(path=path, text=text)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the text, which the grades depend on wherever the file lies."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        return hashlib.sha256(self.text.encode(errors="surrogatepass")).hexdigest()
 
 
 @dataclass

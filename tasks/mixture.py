@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import islice
 from operator import itemgetter
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from corpus.conversation import from_record
 from corpus.sources import SYNTHETIC, count_records, read_records
+from corpus.synthetic import Split
 from tasks import base, choices, spelling
 from tasks.arithmetic import Arithmetic
 from tasks.gsm8k import GSM8K
 
 SYNTHETIC_ROWS = 40_000
+SMALL = 256 << 20  # bytes, which are hashed in a second
 
 
 class Part(BaseModel):
@@ -37,6 +41,19 @@ class Part(BaseModel):
     weight: float | None = Field(
         None, gt=0, description="share of the mixture beside the other parts' weights; all parts have one, or none"
     )
+
+
+def digest_of(part: Part) -> str | None:
+    """SHA-256 of what the part's source says, wherever it lies, where that is a small file on this machine, or GSM8K's
+    two; None for all else, which is known by its name."""
+    place = Path(part.source)
+    files = [place]
+    if part.format == "gsm8k" and place.is_dir():
+        files = [place / f"{split}.jsonl" for split in get_args(Split)]
+    if not all(file.is_file() for file in files) or sum(file.stat().st_size for file in files) > SMALL:
+        return None
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def conversations(part: Part, seed: int) -> Iterator[dict[str, Any]]:

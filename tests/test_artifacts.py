@@ -133,3 +133,57 @@ def test_names_that_are_no_folder_are_refused(tmp_path: Path) -> None:
     for name in ("", "../x", "a/b", ".hidden"):
         with pytest.raises(ValueError, match="run name"):
             RunStore(str(tmp_path), name)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"token": 5}', b"{"])
+@pytest.mark.parametrize("path", [CLAIM, "config.json", "base/progress.json"])
+def test_what_only_informs_is_as_good_as_absent_when_it_cannot_be_read(
+    store: RunStore, path: str, content: bytes, caplog: Any
+) -> None:
+    finish(store, "base", {}, {})
+    store.storage.write_bytes(path, content)
+    assert store.state("base", {}, {}).state == "done" and not store.claim_alive()
+    assert store.progress("base") is None or content in (b"{}", b'{"token": 5}')
+    assert store.recorded() is None or content == b"{}"
+    if path == CLAIM:
+        with store.claim() as claim:
+            claim.check()
+    assert caplog.text.count("goes on without it") <= 1
+
+
+def test_only_one_of_many_that_claim_at_once_holds_a_run(tmp_path: Path) -> None:
+    holder = HOLDER.replace("time.sleep(60)", "sys.stdin.read()")
+    command = [sys.executable, "-c", holder, str(tmp_path)]
+    pipe = subprocess.PIPE
+    claiming = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(4)]
+    try:
+        deadline = time.monotonic() + 60
+        while sum(p.poll() is None for p in claiming) > 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        outputs = [p.communicate("", timeout=60) for p in claiming]
+    finally:
+        for process in claiming:
+            process.kill()
+    assert sorted(out for out, _ in outputs) == ["", "", "", "held\n"]
+    assert all("RunHeldError" in error for out, error in outputs if not out)
+
+
+def test_what_force_replaces_stays_until_its_successor_is_there(store: RunStore) -> None:
+    finish(store, "base", {"n": 1}, {})
+    with store.claim():
+        store.set_aside("base")
+        assert manifests.read(store.stage("base")) is None
+        store.stage("base").write_bytes("traceback.txt", b"ValueError")
+        assert store.settle() == ["base"]  # it made nothing
+    assert store.state("base", {"n": 1}, {}).state == "done"
+    with store.claim():
+        store.set_aside("base")
+        finish(store, "base", {"n": 2}, {}, manifests.checkpoint_path(5))
+        assert store.settle() == []  # what is resumable waits, and so does its predecessor
+        store.set_aside("base")
+        assert store.settle() == ["base"]
+        store.set_aside("base")
+        finish(store, "base", {"n": 2}, {})
+        assert store.settle() == []
+    assert store.state("base", {"n": 2}, {}).state == "done"
+    assert not store.storage.list(".set-aside")

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from pipeline import plan
+from cluster import manifest as manifests
+from cluster.manifest import Manifest
+from corpus.tokenizers import Tokenizer
+from pipeline import config as configuration
+from pipeline import plan, run
+from pipeline.artifacts import RunStore
 from pipeline.config import (
     PRESETS,
     Config,
     ConfigError,
     add_config_flags,
+    as_found,
     config_from_args,
     dotted_keys,
     identity_of,
     load_config,
     stage_names,
 )
+from pipeline.dag import StageError
 from pipeline.scaling import grad_accum_steps
+from pipeline.status import run_states
+from stages import tokenizer as tokenizer_stage
+from stages.context import StageContext
+from stages.ingest import check_unchanged
 
 
 def parsed(*argv: str) -> Config:
@@ -212,3 +230,255 @@ def test_mixtures_are_nanochats_or_what_is_named_with_parts_on_top() -> None:
         load_config(None, {}, ["data.mid.smoltalk.row=3"])
     with pytest.raises(ConfigError, match=r"data\.mid\.mine\.source"):
         load_config(None, {}, ["data.mid.mine.rows=3"])
+
+
+# --- files that are given ---------------------------------------------------------------------------------------------
+
+
+def tokenizer_json(folder: Path, letters: str) -> Path:
+    """A tokenizer.json that knows `letters`."""
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import models
+
+    folder.mkdir(exist_ok=True)
+    FastTokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [])).save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def with_tokenizer(source: Path) -> Config:
+    return load_config("demo", {"tokenizer": {"source": str(source)}})
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "gpt2", "qwen/qwen.tiktoken"])
+def test_a_tokenizers_file_is_known_by_what_it_says(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Elsewhere it is the same; edited under the same name it is another."""
+    if kind == "tokenizer.json":
+        source = tokenizer_json(tmp_path, LETTERS)
+    else:
+        source = request.getfixturevalue("shared_data") / "tokenizers" / kind
+    mine = tmp_path / "mine"
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, mine)
+    first, moved = with_tokenizer(source), with_tokenizer(mine)
+    (mine / "notes.txt").write_text("what does not count") if mine.is_dir() else None
+    beside = with_tokenizer(mine)
+    with (mine / "vocab.bpe" if mine.is_dir() else mine).open("a") as file:
+        file.write("#version: mine\n" if mine.is_dir() else "\n")
+    edited = with_tokenizer(mine)
+    assert identity_of("tokenizer", first) == identity_of("tokenizer", moved) == identity_of("tokenizer", beside)
+    assert identity_of("tokenizer", edited) != identity_of("tokenizer", moved)
+    assert edited.tokenizer.source == moved.tokenizer.source
+    for stage in stage_names(first):
+        assert stage == "tokenizer" or identity_of(stage, edited) == identity_of(stage, first)
+
+
+def test_nobody_says_by_hand_what_a_file_says() -> None:
+    for sets in (["tokenizer.digest=abc"], ["tokenizer.source=chars", "tokenizer.digest=abc"]):
+        with pytest.raises(ConfigError, match=r"unknown key 'tokenizer\.digest'"):
+            load_config("demo", {}, sets)
+    named, trained = load_config("demo", {"tokenizer": {"source": "chars"}}), load_config("demo")
+    assert set(identity_of("tokenizer", named)["tokenizer"]) == {"source", "alphabet"}
+    assert set(identity_of("tokenizer", trained)["tokenizer"]) == {"source", "alphabet", "max_chars", "doc_chars"}
+
+
+def stage_of(config: Config, storage: Path) -> StageContext:
+    store = RunStore(str(storage), config.name)
+    return StageContext(config.name, "tokenizer", store.stage("tokenizer"), {}, identity_of("tokenizer", config), {})
+
+
+def test_the_stage_takes_the_file_that_the_run_was_started_with_and_no_other(tmp_path: Path) -> None:
+    source = tokenizer_json(tmp_path, LETTERS)
+    config = with_tokenizer(source)
+    sizes = (config.ingest.shard_bytes, config.model.vocab_size, config.seed)
+    tokenizer_json(tmp_path, LETTERS[::-1])
+    with pytest.raises(ValueError, match=rf"tokenizer {source} is not what it was where the run was started"):
+        tokenizer_stage.run(stage_of(config, tmp_path), config.data, config.tokenizer, *sizes)
+    assert not (tmp_path / "demo").exists()
+    tokenizer_json(tmp_path, LETTERS)
+    tokenizer_stage.run(stage_of(config, tmp_path), config.data, config.tokenizer, *sizes)
+    assert Tokenizer.load(tmp_path / "demo" / "tokenizer").encode("cab") == [2, 0, 1]
+
+
+def test_status_needs_no_file_that_a_run_was_made_from(tmp_path: Path) -> None:
+    source = tokenizer_json(tmp_path / "given", LETTERS)
+    store, config = RunStore(str(tmp_path), "demo"), with_tokenizer(source)
+    store.record(config)
+    manifests.write(store.stage("tokenizer"), Manifest("demo", "tokenizer", [], identity_of("tokenizer", config)))
+    source.unlink()
+    with opened_files() as opened:
+        state = run_states(store)[0]
+    assert (state.state, state.drift) == ("done", [])
+    assert str(source) not in opened
+
+
+def lines(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_small_files_of_data_are_known_by_what_they_say(tmp_path: Path) -> None:
+    """Elsewhere they are the same; edited under the same name, and only then, ingest makes other rows."""
+
+    def config(folder: Path) -> Config:
+        data = {"chat": str(folder / "chat.jsonl"), "gsm8k": str(folder)}
+        return load_config("demo", {"data": data}, [f"data.mid.own.source={folder / 'own.jsonl'}"])
+
+    names, folders = ("chat.jsonl", "own.jsonl", "train.jsonl", "test.jsonl"), [tmp_path / name for name in "ab"]
+    for folder in folders:
+        for name in names:
+            lines(folder / name, name)
+        lines(folder / "notes.txt", str(folder))
+    first, moved = map(config, folders)
+    for stage in stage_names(first):
+        assert identity_of(stage, moved) == identity_of(stage, first)
+    for name in names:
+        lines(folders[1] / name, "edited")
+        edited = config(folders[1])
+        for stage in stage_names(first):
+            assert (identity_of(stage, edited) != identity_of(stage, first)) == (stage == "ingest"), name
+        lines(folders[1] / name, name)
+    assert identity_of("ingest", config(folders[1])) == identity_of("ingest", first)
+    assert Config.model_validate(first.model_dump(mode="json")) == first
+    check_unchanged(first.data)
+    lines(folders[0] / "test.jsonl", "edited after the start")
+    with pytest.raises(ValueError, match=rf"^{folders[0]} is not what it was where the run was started"):
+        check_unchanged(first.data)
+
+
+def test_files_that_are_gone_are_what_an_earlier_attempt_found(tmp_path: Path) -> None:
+    chat, other = lines(tmp_path / "chat.jsonl", "one"), lines(tmp_path / "other.jsonl", "two")
+    sets = [f"data.mid.other.source={other}"]
+    first = load_config("demo", {"data": {"chat": str(chat)}}, sets)
+    chat.unlink()
+    again = load_config("demo", {"data": {"chat": str(chat)}}, sets)
+    assert identity_of("ingest", again) != identity_of("ingest", first)
+    assert identity_of("ingest", as_found(again, lambda: first)) == identity_of("ingest", first)
+    assert as_found(again, lambda: None) == again
+    lines(chat, "edited"), other.unlink()
+    edited = as_found(load_config("demo", {"data": {"chat": str(chat)}}, sets), lambda: first)
+    drift = manifests.drift(identity_of("ingest", first), identity_of("ingest", edited))
+    assert [line.partition(": ")[0] for line in drift] == ["data.chat", "data.mid.chat.source", "data.sft.chat.source"]
+
+
+def test_a_run_goes_on_without_the_files_that_ingest_has_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, store = lines(tmp_path / "chat.jsonl", "one"), RunStore(str(tmp_path), "demo")
+    argv = ["--preset", "demo", "--storage", str(tmp_path), "--chat", str(chat)]
+    config = parsed(*argv)
+    store.record(config)
+    tokenizer = Manifest("demo", "tokenizer", [], identity_of("tokenizer", config))
+    upstream = {"tokenizer": tokenizer.digest()}
+    manifests.write(store.stage("tokenizer"), tokenizer)
+    manifests.write(store.stage("ingest"), Manifest("demo", "ingest", [], identity_of("ingest", config), upstream))
+    chat.unlink()
+    assert run.main([*argv, "--until", "ingest", "--dry-run"]) == 0
+    assert ["ingest", "done", "skip"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    lines(chat, "edited")
+    with pytest.raises(StageError, match=r"ingest: data\.chat: \w{64} -> \w{64}"):
+        run.main([*argv, "--until", "ingest", "--dry-run"])
+
+
+def test_a_preset_is_known_by_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, before = (PRESETS / "demo.toml").read_text(), load_config("demo")
+    monkeypatch.setattr(configuration, "PRESETS", tmp_path)
+    (tmp_path / "mine.toml").write_text(text)
+    (tmp_path / "demo.toml").write_text(text.replace("[mid]", "[mid]\nmatrix_lr = 0.5"))
+    same, edited = load_config("mine"), load_config("demo")
+    for stage in stage_names(before):
+        assert identity_of(stage, same) == identity_of(stage, before)
+        assert (identity_of(stage, edited) != identity_of(stage, before)) == (stage == "mid")
+    lines = manifests.drift(identity_of("mid", before), identity_of("mid", edited))
+    assert lines == [f"mid.matrix_lr: {before.mid.matrix_lr} -> 0.5"]
+
+
+# --- configurations from storage --------------------------------------------------------------------------------------
+
+_opened: list[list[str]] = []  # of every `opened_files` that is entered; an audit hook cannot be taken away
+
+
+def _note_open(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in ("open", "os.listdir", "os.scandir") and _opened:
+        _opened[-1].append(str(arguments[0]))
+
+
+sys.addaudithook(_note_open)
+
+
+@contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """The files and folders that are opened meanwhile, by any part of this process."""
+    _opened.append([])
+    try:
+        yield _opened[-1]
+    finally:
+        _opened.pop()
+
+
+STORED = load_config("demo", {"with_rl": True}).model_dump(mode="json")
+KEYS = [(section,) for section in STORED]
+KEYS += [(section, key) for section, tree in STORED.items() if type(tree) is dict for key in tree]
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(st.characters()),
+    st.sampled_from([__file__, "/etc/shadow", "[/b]", "\ud800", "9" * 5_000, "1:8", "a\0b"]),
+)
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+
+
+def understood(raw: Any) -> None:
+    """A configuration from storage is read or refused with ValueError, and what is read can be compared."""
+    with opened_files() as opened:
+        try:
+            config = Config.model_validate(raw)
+        except ValueError as error:
+            assert str(error)
+        else:
+            assert all(identity_of(stage, config) is not None for stage in stage_names(config))
+    assert not opened
+
+
+@settings(deadline=None)
+@given(JSON)
+def test_any_json_in_place_of_a_configuration_is_refused_without_opening_a_file(raw: Any) -> None:
+    understood(raw)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(KEYS), JSON)
+@example(("rl", "environment"), __file__)
+@example(("rl", "environment"), {"path": __file__, "text": "\ud800"})
+@example(("tokenizer", "source"), __file__)
+def test_any_value_in_a_stored_configuration_is_taken_or_refused_without_opening_a_file(
+    where: tuple[str, ...], value: Any
+) -> None:
+    raw = json.loads(json.dumps(STORED))
+    inner = raw
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    understood(raw)
+
+
+def test_arrays_and_objects_that_nest_deeply_are_refused() -> None:
+    array: Any = []
+    tree: Any = {}
+    for _ in range(100_000):
+        array, tree = [array], {"a": tree}
+    for where in [(), *KEYS]:
+        for raw in (array, tree):
+            for key in reversed(where):
+                raw = {key: raw}
+            with pytest.raises(ValueError, match="validation error"):
+                Config.model_validate(raw)
+
+
+def test_a_value_that_nests_deeply_on_the_command_line_is_one_message() -> None:
+    with pytest.raises(ConfigError, match=r"^base\.steps = "):
+        parsed("--set", f"base.steps={'[' * 50_000}")

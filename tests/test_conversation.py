@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus import synthetic
@@ -144,6 +145,82 @@ def test_the_chat_template_writes_the_same_tokens(tokenizer: Tokenizer, tmp_path
     for begun in (messages[:4], by_tool[:4]):
         prompt = hf.apply_chat_template(begun, add_generation_prompt=True, return_dict=False)
         assert prompt == render_prompt(begun, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def served(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[int]]:
+    """The prompt of `messages` in transformers."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    directory = tmp_path_factory.mktemp("served")
+    tokenizer.save(directory)
+    hf = AutoTokenizer.from_pretrained(directory)
+
+    def prompt(messages: list[Any]) -> list[int]:
+        # What apply_chat_template calls, which itself looks at the first message before.
+        template = {"chat_template": hf.chat_template, "bos_token": hf.bos_token}
+        [text], _ = render_jinja_template([messages], add_generation_prompt=True, **template)
+        return hf(text, add_special_tokens=False)["input_ids"]
+
+    return prompt
+
+
+PARTS = [
+    {"type": "text", "text": "It is "},
+    {"type": "python", "text": "1"},
+    {"type": "python_output", "text": "<|output_end|>"},
+]
+CONTENTS = st.one_of(
+    st.sampled_from(["Hello", "", "a<|user_end|>"]),
+    st.lists(st.sampled_from(PARTS), max_size=4),
+    st.sampled_from([None, 7, {"type": "text"}, ["x"], [{"type": "image", "text": "x"}], [{"type": "text"}]]),
+)
+ROLES = ("system", "user", "assistant", "tool")
+MESSAGES = st.one_of(
+    *[st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": CONTENTS})] * 4,
+    st.fixed_dictionaries({"role": st.sampled_from(["developer", "User", "function", None, 7]), "content": CONTENTS}),
+    st.sampled_from(["hello", None, {}, {"role": "user"}, {"content": "x"}]),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(MESSAGES, max_size=6))
+def test_the_chat_template_refuses_what_is_refused_here(
+    tokenizer: Tokenizer, served: Callable[..., list[int]], messages: list[Any]
+) -> None:
+    from jinja2 import TemplateError
+
+    try:
+        ids = render_prompt(messages, tokenizer)
+    except ValueError as error:
+        with pytest.raises(TemplateError) as refusal:
+            served(messages)
+        assert str(error).split()[:5] == str(refusal.value).split()[:5]  # the same fault
+    else:
+        assert served(messages) == ids
+
+
+@pytest.mark.parametrize("role", ["developer", "User", "function", "x" * 1_000])
+def test_the_chat_template_names_a_role_that_is_none(served: Callable[..., list[int]], role: str) -> None:
+    from jinja2 import TemplateError
+
+    with pytest.raises(TemplateError, match=f"has the role '{role[:37]}.*roles are system, user, assistant, tool") as e:
+        served([{"role": role, "content": "x"}])
+    assert len(str(e.value)) < 200
+
+
+def test_texts_with_nothing_between_them_are_one(tokenizer: Tokenizer) -> None:
+    """As they are when a template has written them, so that a model meets the tokens that it learnt."""
+    halves = [{"type": "text", "text": "It is tw"}, {"type": "text", "text": "enty"}]
+    for question in ([{"role": "user", "content": "x"}], []):
+        split = render({"messages": [*question, {"role": "assistant", "content": halves}]}, tokenizer, 100)
+        whole = render({"messages": [*question, {"role": "assistant", "content": "It is twenty"}]}, tokenizer, 100)
+        assert [array.tolist() for array in split] == [array.tolist() for array in whole]
+    calls = [{"type": "python", "text": "1"}] * 2
+    ids, _ = render({"messages": [{"role": "assistant", "content": calls}]}, tokenizer, 100)
+    assert ids.tolist().count(tokenizer.special("<|python_start|>")) == 2
 
 
 def test_records_of_every_form_are_read() -> None:

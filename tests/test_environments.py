@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -18,17 +19,20 @@ from typing import Any
 import psutil
 import pytest
 from conftest import flags
-from runs import ROOT, Run, environment, one_clear_message
+from runs import ROOT, Run, environment, fathom, one_clear_message
 
+from cluster import manifest as manifests
+from cluster.manifest import Manifest
 from cluster.resources import Devices
 from corpus.conversation import from_record, render_prompt
 from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
 from pipeline.config import Config, ConfigError, identity_of, load_config, stage_names
 from pipeline.dag import plan, submit
+from pipeline.status import run_states
 from tasks.arithmetic import Arithmetic
 from tasks.base import Environment, Problem
-from tasks.environments import GRACE, EnvironmentFault, EnvironmentFile, FileEnvironment, check
+from tasks.environments import GRACE, LONGEST, EnvironmentFault, EnvironmentFile, FileEnvironment, check
 
 EXAMPLE = ROOT / "docs/examples/countdown.py"
 GUIDE = ROOT / "docs/environments.md"
@@ -198,7 +202,7 @@ def test_gsm8k_and_arithmetic_are_environments_too() -> None:
 
 
 def test_the_example_rewards_its_own_solutions_and_nothing_else() -> None:
-    with closing(FileEnvironment(EnvironmentFile.model_validate(str(EXAMPLE)))) as environment:
+    with closing(FileEnvironment(EnvironmentFile.read(str(EXAMPLE)))) as environment:
         train, test = environment.problems("train"), environment.problems("test")
         assert len(train) == 2_000 and len(test) == 200
         assert not {p.question for p in train} & {p.question for p in test}
@@ -275,6 +279,47 @@ def test_an_environment_of_its_own_needs_no_other_problems() -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rl\.environment = '.*nowhere\.py': .* No such file"):
         config_with(tmp_path / "nowhere.py")
+
+
+def test_only_a_text_in_a_regular_file_is_an_environment(tmp_path: Path) -> None:
+    large, latin = tmp_path / "large.py", tmp_path / "latin.py"
+    large.write_text("#" * (LONGEST + 1))
+    latin.write_bytes("# é".encode("latin-1"))
+    for place, said in ((tmp_path, "no regular file"), (Path("/dev/null"), "no regular file")):
+        with pytest.raises(ConfigError, match=rf"rl\.environment = '{place}': .*{said}"):
+            config_with(place)
+    for place, said in ((large, "more than 1,048,576 characters"), (latin, "can't decode")):
+        with pytest.raises(ConfigError, match=said):
+            config_with(place)
+
+
+def test_a_pipe_in_place_of_an_environment_is_not_waited_for(tmp_path: Path) -> None:
+    """Neither where the user gives it nor where a config.json in storage names it."""
+    pipe, folder = tmp_path / "pipe", tmp_path / "run"
+    os.mkfifo(pipe)
+    asked = fathom("plan", "--preset", "demo", "--set", f"rl.environment={pipe}", seconds=60)
+    assert asked.code == 1 and f"rl.environment = '{pipe}'" in asked.output and "no regular file" in asked.output
+    stored = load_config("demo", {"name": "run"}).model_dump(mode="json")
+    stored["rl"]["environment"] = str(pipe)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(stored))
+    status = fathom("status", "run", "--storage", str(tmp_path), seconds=60)
+    assert "Traceback" not in status.output and "tokenizer" in status.stdout
+
+
+def test_status_tells_nothing_of_a_file_that_a_stored_configuration_names(tmp_path: Path) -> None:
+    secret, folder = tmp_path / "secret", tmp_path / "run"
+    secret.write_text("hunter2")
+    stored = load_config("demo", {"name": "run", "with_rl": True}).model_dump(mode="json")
+    stored["rl"]["environment"] = str(secret)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(stored))
+    store = RunStore(str(tmp_path), "run")
+    before = Manifest("run", "rl", [], identity_of("rl", load_config("demo", {"with_rl": True})))
+    manifests.write(store.stage("rl"), before)
+    shown = [line for state in run_states(store) for line in state.drift]
+    assert hashlib.sha256(b"hunter2").hexdigest() not in " ".join(shown)
+    assert store.recorded() is None
 
 
 def test_a_run_whose_environment_does_not_work_does_not_begin(tmp_path: Path) -> None:

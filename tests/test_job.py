@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,27 +32,33 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+@contextmanager
+def head_node(place: Path) -> Iterator[dict[str, int]]:
+    """The ports of a one-node cluster, whose sessions are below `place`."""
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    options = [f"--temp-dir={place}", *(f"--{name}={port}" for name, port in ports.items())]
+    head = Command("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *options)
+    try:
+        started = head.until(lambda: "Ray runtime started" in head.output(), 60)
+        assert started, head.output()
+        yield ports
+    finally:
+        head.look()
+        head.kill()
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of the dashboard of a one-node cluster on ports of its own."""
-    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
-    address = f"http://127.0.0.1:{ports['dashboard-port']}"
-    options = [f"--{name}={port}" for name, port in ports.items()]
-    place = f"--temp-dir={ray_directory() / 'head'}"
-    head = Command("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", place, *options)
-    try:
+    with head_node(ray_directory() / "head") as ports:
+        address = f"http://127.0.0.1:{ports['dashboard-port']}"
         for _ in range(60):
-            head.look()
-            assert head.process.poll() is None, head.output()
             if Command("ray", "job", "list", "--address", address).finish(60).code == 0:
                 break
             time.sleep(0.5)
         else:
-            pytest.fail(f"no cluster at {address}:\n{head.output()}")
+            pytest.fail(f"no dashboard at {address}")
         yield address
-    finally:
-        head.look()
-        head.kill()
 
 
 def submit(address: str, *arguments: str) -> Result:

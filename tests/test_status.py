@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from cluster import manifest as manifests
@@ -116,3 +121,39 @@ def test_figures_for_people() -> None:
     assert [duration(s) for s in (None, 8.2, 185, 7620)] == ["", "8s", "3m05s", "2h07m"]
     metrics = {"steps": 300, "tokens_per_second": 51234.5, "val_bpb": 1.23456, "note": "x", "pass@1": 0.5}
     assert key_metrics(metrics, most=3) == "val_bpb 1.235  pass@1 0.5  tokens_per_second 51,234"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["[/x]", "../e"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=int(os.environ.get("FATHOM_FUZZ", "300")), deadline=None)
+@given(data=st.data(), path=st.sampled_from(["manifest.json", "progress.json", "../config.json", "../claim.json"]))
+def test_whatever_lies_in_storage_status_shows_it_or_says_what_is_wrong(data: st.DataObject, path: str) -> None:
+    """No traceback, nothing outside the run, and no longer than a moment."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        store, config = RunStore(f"{folder}/[b]", "r"), load_config("demo", {"name": "r"})
+        store.record(config)
+        done = Manifest("r", "tokenizer", [], identity_of("tokenizer", config), metrics={"vocab_size": 1}, seconds=1.0)
+        manifests.write(store.stage("tokenizer"), done)
+        store.stage("tokenizer").write_json("progress.json", {"state": "running", "step": 1, "metrics": {"loss": 1.0}})
+        file = Path(store.stage("tokenizer").uri) / path
+        raw = json.loads(file.read_text()) if file.exists() else {"host": "h", "pid": 1, "token": "t", "beat": 1}
+        kind = data.draw(st.sampled_from(["value", "field", "cut", "deep"]))
+        if kind == "value":
+            raw = data.draw(VALUES)
+        elif kind == "field":
+            raw[data.draw(st.sampled_from(sorted(raw)))] = data.draw(VALUES)
+        text = json.dumps({k: v for k, v in raw.items() if k != "sha256"} if isinstance(raw, dict) else raw)
+        text = text[: data.draw(st.integers(0, len(text)))] if kind == "cut" else text
+        file.resolve().write_text("[" * 100_000 if kind == "deep" else text)
+        with patch("pipeline.artifacts.BEAT_SECONDS", 0.01):
+            assert cli.main(["status", "r", "--storage", f"{folder}/[b]"]) in (0, 1)
+            assert cli.main(["run", "--preset", "demo", "--name", "r", "--storage", f"{folder}/[b]", "--dry-run"]) in (
+                0,
+                1,
+            )
+        assert os.listdir(folder) == ["[b]"] and os.listdir(f"{folder}/[b]") == ["r"]

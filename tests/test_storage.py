@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from cluster import manifest as manifests
+from cluster import scratch
 from cluster.manifest import Manifest, drift
-from cluster.storage import Storage, StorageError
+from cluster.storage import DamagedError, FencedError, Storage, StorageError, UnreachableError
 
 
 def artifact(root: Path, files: dict[str, bytes], stage: str = "base") -> tuple[Storage, Manifest]:
@@ -195,3 +201,186 @@ def test_drift_names_fields() -> None:
     new = {"seed": 0, "base": {"matrix_lr": 0.03, "steps": 10, "come": None}}
     assert drift(old, new) == ["base.come: unset -> None", "base.gone: 1 -> unset", "base.matrix_lr: 0.02 -> 0.03"]
     assert drift(old, old) == []
+
+
+@pytest.mark.parametrize(
+    "path", ["../evil", "/etc/passwd", "a/../../x", "a\\b", "a\0b", "", ".", "a//b", "a/", "./a", "a\nb"]
+)
+def test_a_manifest_cannot_name_a_file_elsewhere(tmp_path: Path, path: str) -> None:
+    storage, _ = artifact(tmp_path, {"weights": b"w"})
+    raw = storage.read_json("manifest.json")
+    raw["files"][0]["path"] = path
+    storage.write_json("manifest.json", raw)
+    remote, cache = Remote(storage.uri), tmp_path / "cache"
+    with pytest.raises(StorageError, match=r"not a manifest of this version: files\.0\.path"):
+        manifests.fetch(remote, "", cache)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("wrong", [{"size": -1}, {"size": "1"}, {"sha256": "0"}, {"sha256": 5}, {"colour": "red"}])
+def test_a_manifest_lists_sizes_and_hashes(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    storage, _ = artifact(tmp_path, {"weights": b"w"})
+    raw = storage.read_json("manifest.json")
+    storage.write_json("manifest.json", raw | {"files": [raw["files"][0] | wrong]})
+    with pytest.raises(StorageError, match="not a manifest of this version"):
+        manifests.read(storage)
+    storage.write_json("manifest.json", raw | {"files": raw["files"] * 2})
+    with pytest.raises(StorageError, match="listed twice"):
+        manifests.read(storage)
+
+
+class Unsteady(Remote):
+    """A network that spoils the reads that `faults` names, one after the other: "error" or "flip"."""
+
+    faults: ClassVar[list[str]] = []
+
+    def open_read(self, path: str) -> Any:
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "error":
+            raise OSError("connection reset")
+        stream = super().open_read(path)
+        if fault == "flip":
+            data = bytearray(stream.read())
+            data[len(data) // 2] ^= len(self.faults) + 1
+            return io.BytesIO(data)
+        return stream
+
+
+@pytest.fixture
+def unsteady(tmp_path: Path, monkeypatch: Any) -> Unsteady:
+    monkeypatch.setattr("cluster.storage.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(Unsteady, "faults", [])
+    storage, _ = artifact(tmp_path, {"weights": b"w" * 100})
+    return Unsteady(storage.uri)
+
+
+@pytest.mark.parametrize("faults", [["flip"], ["error"], ["error", "flip", "error", "flip"], ["flip"] * 3])
+def test_a_fault_of_a_read_is_read_again(unsteady: Unsteady, tmp_path: Path, faults: list[str]) -> None:
+    unsteady.faults[:] = [*faults]
+    assert manifests.read(unsteady) is not None
+    unsteady.faults[:] = ["", *faults]  # the manifest as it is, then the weights
+    assert (manifests.fetch(unsteady, "", tmp_path / "cache") / "weights").read_bytes() == b"w" * 100
+
+
+@pytest.mark.parametrize("fault", ["flip", "error"])
+def test_reads_that_always_fail_give_no_advice_to_make_again_what_is_whole(
+    unsteady: Unsteady, tmp_path: Path, fault: str
+) -> None:
+    unsteady.faults[:] = ["", *[fault] * 99]
+    with pytest.raises(UnreachableError, match="weights") as error:
+        manifests.fetch(unsteady, "", tmp_path / "cache")
+    assert "--force" not in str(error.value)
+    assert [path.parent.name for path in (tmp_path / "cache").rglob("weights")] == [".locks"]
+
+
+def test_what_is_damaged_says_so_after_two_reads_that_agree(unsteady: Unsteady, tmp_path: Path) -> None:
+    (Path(unsteady.uri) / "weights").write_bytes(b"v" * 100)
+    unsteady.faults[:] = ["", "error", "flip"]
+    with pytest.raises(DamagedError, match=r"weights has 100 bytes.*--force base"):
+        manifests.fetch(unsteady, "", tmp_path / "cache")
+
+
+def test_a_flipped_byte_in_json_that_no_manifest_lists_is_noticed(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    storage.write_json("plan.json", {"shards": 10, "of": {"b": 1.5, "a": [None, "x"]}})
+    assert storage.read_json("plan.json") == {"shards": 10, "of": {"b": 1.5, "a": [None, "x"]}}
+    file = tmp_path / "plan.json"
+    file.write_bytes(file.read_bytes().replace(b"10", b"11"))
+    with pytest.raises(DamagedError, match=r"plan\.json is damaged"):
+        storage.read_json("plan.json")
+
+
+def test_storage_that_vanished_is_not_made_again(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "mounted/runs/r").of_run("token")
+    storage.at("base").write_bytes("a", b"1")
+    (tmp_path / "mounted").rename(tmp_path / "elsewhere")
+    for change in (lambda: storage.at("base").write_bytes("b", b"2"), lambda: storage.write_json("c", {})):
+        with pytest.raises(StorageError, match="no longer mounted"):
+            change()
+    assert not (tmp_path / "mounted").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "mounted")
+    storage.at("base").write_bytes("b", b"2")
+
+
+def test_who_lost_the_claim_writes_no_more(tmp_path: Path) -> None:
+    mine, other = (Storage(tmp_path / "r").of_run(token) for token in ("mine", "other"))
+    Storage(tmp_path / "r").write_json("claim.json", {"token": "mine"})
+    mine.at("base").write_bytes("a", b"mine")
+    with pytest.raises(FencedError), mine.at("base").open_write("b") as stream:
+        stream.write(b"mine")
+        Storage(tmp_path / "r").write_json("claim.json", {"token": "other"})  # while it writes
+    for change in (lambda: mine.write_bytes("c", b""), lambda: mine.at("base").delete("a"), mine.delete):
+        with pytest.raises(FencedError, match="taken over"):
+            change()
+    assert mine.list() == {".fathom-run": 0, "base/a": 4, "claim.json": mine.list()["claim.json"]}
+    other.at("base").write_bytes("a", b"other")
+
+
+def test_every_local_write_is_synced_before_it_counts(tmp_path: Path, monkeypatch: Any) -> None:
+    """The order that a disk needs: the content, then the name; strace would show the same calls."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.partition("-")[0])
+        fsync(descriptor)
+
+    def replaced(source: Any, target: Any) -> None:
+        calls.append(f"name {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    Storage(tmp_path / "s").write_bytes("new/file", b"1")
+    assert calls == ["sync s", "sync " + tmp_path.name.partition("-")[0], "sync .tmp", "name file", "sync new"]
+
+
+KILLED = """
+import os, sys, signal
+from cluster.scratch import scratch
+with scratch("base") as folder:
+    (folder / "checkpoint").write_bytes(b"1")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_temporary_folders_of_killed_processes_are_removed_and_others_are_not(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(scratch, "YOUNG_SECONDS", -1.0)
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdin=pipe, stdout=pipe, text=True, env=env) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        (tmp_path / "fathom-of-somebody").mkdir()
+        scratch.sweep()
+        assert (folder / "checkpoint").exists()
+        process.kill()
+        process.wait()
+    scratch.sweep()
+    assert [path.name for path in tmp_path.iterdir()] == ["fathom-of-somebody"]
+
+
+def test_the_cache_is_bounded_and_what_is_in_use_stays(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FATHOM_CACHE_GB", "2e-6")
+    for days, name in ((0, "new"), (2, "old"), (3, "older"), (4, "oldest")):
+        folder = scratch.cache_folder() / "storage" / name
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"w" * 900)
+        os.utime(folder, (time.time() - 86_400 * days,) * 2)
+    scratch.sweep()
+    assert sorted(path.name for path in (scratch.cache_folder() / "storage").iterdir()) == ["new", "old"]
+    monkeypatch.setenv("FATHOM_CACHE_GB", "0")
+    scratch.sweep()
+    assert [path.name for path in (scratch.cache_folder() / "storage").iterdir()] == ["new"]
+
+
+def test_a_temporary_folder_without_room_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(StorageError, match=r"has .* GB free, and base needs 1000000000.0 GB.*TMPDIR"):
+        scratch.scratch("base", needed=10**18).__enter__()
+    monkeypatch.setattr(scratch, "FULL_BYTES", 1 << 62)  # as if nothing were left
+    with pytest.raises(StorageError, match=r"is full: base has .*TMPDIR"), scratch.scratch("base"):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos")

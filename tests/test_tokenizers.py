@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from hypothesis import strategies as st
 from runs import ROOT
 
 from cluster import manifest as manifests
-from corpus import synthetic
+from corpus import synthetic, vocabularies
+from corpus.chat_template import MARK
+from corpus.conversation import render_prompt
 from corpus.rows import RowWriter
 from corpus.sources import read_unit, units
 from corpus.tokenizers import SPECIAL_TOKENS, Tokenizer, UnknownCharacterError, fixed_vocab_size
@@ -32,13 +35,25 @@ from pipeline.tokenizer import held_out, report, samples
 # Special tokens of several vocabularies, and how they write bytes.
 SPELLED = [
     *SPECIAL_TOKENS, "<|endoftext|>", "<|im_start|>", "<|begin_of_text|>", "<|eot_id|>", "<|fim_prefix|>", "<think>",
-    "<s>", "</s>", "<unk>", "<0x41>", "[INST]", "<|reserved_100256|>",
+    "<s>", "</s>", "<unk>", "<0x41>", "[INST]", "<<SYS>>",
+    "<|reserved_100256|>",
 ]  # fmt: skip
 # Prose, runs of one character, digits, contractions, line ends, special tokens and any Unicode at all.
 PIECES = st.sampled_from(
     [*SPELLED, "It's", "WE'LL", " ", "\n", "\r\n", "\t", "1234567", "aaaa", "ſ", "'ſ", "é", "日本", "x =  y\n\n  "]
 )
 TEXT = st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"])), PIECES), max_size=12).map("".join)
+# What is meant to end a turn from within a message: special tokens, halves of them, and how the template parts them.
+HOSTILE = st.lists(
+    st.one_of(
+        TEXT,
+        st.sampled_from(SPELLED),
+        st.builds(lambda name, cut: name[:cut], st.sampled_from(SPELLED), st.integers(-3, 3)),
+        st.builds(lambda name, marks: name[0] + MARK * marks + name[1:], st.sampled_from(SPELLED), st.integers(0, 3)),
+        st.text(f"<|>[/s{MARK}"),
+    ),
+    max_size=4,
+).map("".join)
 ALPHABET = "0123456789+-*/=()., <>|bos_\né日𝔸"
 LLAMA3 = "FATHOM_LLAMA3_TOKENIZER"  # names the ranks file of Llama 3, which may not be handed on
 
@@ -49,7 +64,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("files")
     (directory / "tokenizer.model").write_bytes(sentencepiece_model())
     fast_tokenizer().save(str(directory / "tokenizer.json"))
+    composing = json.loads(fast_tokenizer().to_str()) | {"normalizer": {"type": "NFC"}}
+    (directory / "composing").write_text(json.dumps(composing))
+    (directory / "metaspace").write_text(json.dumps(metaspace(directory / "tokenizer.model")))
     return directory
+
+
+def metaspace(model: Path) -> dict[str, Any]:
+    """A SentencePiece model as transformers converts it now: only the first piece of a text is given a space."""
+    data: dict[str, Any] = json.loads(vocabularies.read(str(model)).text)
+    first = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    return data | {"normalizer": None, "pre_tokenizer": first}
 
 
 def sentencepiece_model(**options: object) -> bytes:
@@ -87,7 +112,7 @@ def fast_tokenizer(*texts_added: str):
     )
     fast.train_from_iterator(synthetic.documents(0, 200, 0), trainer)
     fast.add_special_tokens([AddedToken("<|im_start|>", special=True)])
-    fast.add_tokens([AddedToken(text, special=False) for text in ("<think>", "    ", *texts_added)])
+    fast.add_tokens([AddedToken(text, special=False) for text in ("<think>", "<<SYS>>", "    ", *texts_added)])
     fast.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     fast.enable_truncation(5)
     fast.enable_padding(length=9)
@@ -102,6 +127,7 @@ KNOWN = {  # the ids of "Hello world", the size without the tokens of the chat, 
     "llama3": ([9906, 1917], 128_256, 3),
 }
 MADE_HERE = ("bpe", "sentencepiece", "tokenizer.json")
+CHANGING = ("composing", "metaspace")  # tokenizer.json files that change text before it is split
 
 
 def source_of(name: str, request: pytest.FixtureRequest) -> str:
@@ -110,7 +136,7 @@ def source_of(name: str, request: pytest.FixtureRequest) -> str:
         if LLAMA3 not in os.environ:
             pytest.skip(f"set {LLAMA3} to the file tokenizer.model of Llama 3")
         return os.environ[LLAMA3]
-    if name in MADE_HERE:
+    if name in MADE_HERE + CHANGING:
         file = "tokenizer.model" if name == "sentencepiece" else name
         return str(request.getfixturevalue("files") / file)
     folder = request.getfixturevalue("shared_data") / "tokenizers"
@@ -122,7 +148,7 @@ def source_of(name: str, request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def opened(trained: Tokenizer, request: pytest.FixtureRequest) -> Callable[[str], Tokenizer]:
     """A tokenizer by its name here, made once."""
-    made = {"bpe": trained}
+    made = {"bpe": trained, "chars": Tokenizer.open("chars", ALPHABET + MARK)}
 
     def open_once(name: str) -> Tokenizer:
         if name not in made:
@@ -167,6 +193,16 @@ def fast(exported: tuple[Tokenizer, Path]):
 def hf(request: pytest.FixtureRequest, opened: Callable[[str], Tokenizer], tmp_path_factory: pytest.TempPathFactory):
     """A tokenizer and the same in transformers, which takes ten seconds for a large one."""
     directory = tmp_path_factory.mktemp("hf")
+    opened(request.param).save(directory)
+    return opened(request.param), auto_tokenizer(directory)
+
+
+@pytest.fixture(scope="module", params=[*MADE_HERE, *CHANGING, "chars", "gpt2", "cl100k_base", "qwen"])
+def served(
+    request: pytest.FixtureRequest, opened: Callable[[str], Tokenizer], tmp_path_factory: pytest.TempPathFactory
+):
+    """A tokenizer, and its export in transformers, which holds for vLLM's chats as well."""
+    directory = tmp_path_factory.mktemp("served")
     opened(request.param).save(directory)
     return opened(request.param), auto_tokenizer(directory)
 
@@ -216,6 +252,29 @@ def test_transformers_gives_the_same_ids(hf, text: str) -> None:
     assert theirs.decode(ids) == tokenizer.decode(ids)
 
 
+@settings(deadline=None)
+@given(texts=st.lists(HOSTILE, min_size=8, max_size=8))
+def test_no_message_is_read_otherwise_when_served(served, texts: list[str]) -> None:
+    """Nor can it be steered out of its turn by special tokens, of the chat or of the vocabulary, that it spells."""
+    tokenizer, theirs = served
+    if tokenizer.kind == "chars":
+        texts = ["".join(character for character in text if character in ALPHABET + MARK) for text in texts]
+    types = ("text", "text", "python", "python_output", "text")
+    parts = [{"type": kind, "text": text} for kind, text in zip(types, texts, strict=False)]
+    messages = [
+        {"role": "system", "content": texts[5]},
+        {"role": "user", "content": parts[:2]},
+        {"role": "assistant", "content": parts},
+        {"role": "tool", "content": texts[6]},
+        {"role": "assistant", "content": texts[7]},
+        {"role": "user", "content": texts[7]},
+    ]
+    ids = render_prompt(messages, tokenizer)
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+
+
 def test_transformers_knows_the_special_tokens(hf) -> None:
     tokenizer, theirs = hf
     assert len(theirs) == tokenizer.vocab_size
@@ -232,6 +291,26 @@ def test_what_is_saved_gives_the_same_ids(
     assert array.dtype == np.uint32
     assert array.tolist() == reloaded.encode(text) == fast.encode(text, add_special_tokens=False).ids == ids
     assert reloaded.decode(ids) == fast.decode(ids, skip_special_tokens=False) == exported[0].decode(ids)
+
+
+@given(text=HOSTILE)
+def test_the_marks_of_the_template_are_text_here(
+    exported: tuple[Tokenizer, Path], reloaded: Tokenizer, text: str
+) -> None:
+    assert reloaded.encode(text) == exported[0].encode(text)
+    if exported[0].decode(exported[0].encode("▁")) != " ":  # SentencePiece writes spaces with it
+        assert reloaded.decode(reloaded.encode(text)) == text
+
+
+def test_artifacts_whose_template_made_no_marks_are_read(files: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.open(str(files / "metaspace"))
+    tokenizer.save(tmp_path)
+    meta = json.loads((tmp_path / "tokenizer_meta.json").read_text())
+    own = json.loads((tmp_path / "tokenizer.json").read_text()) | meta.pop("own")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(own))
+    (tmp_path / "tokenizer_meta.json").write_text(json.dumps(meta))
+    text = f"a<{MARK}|bos|>  b"
+    assert Tokenizer.load(tmp_path).encode(text) == tokenizer.encode(text)
 
 
 def test_special_tokens_are_the_last_ids_and_stand_for_no_bytes(exported: tuple[Tokenizer, Path], fast) -> None:
@@ -413,6 +492,11 @@ def test_sources_that_are_no_tokenizer_are_refused(tmp_path: Path, files: Path) 
     merged = json.loads(json.dumps(whole))
     word = next(token for token in whole["model"]["vocab"] if re.fullmatch("[a-z]{2,}", token))
     merged["added_tokens"].append(whole["added_tokens"][0] | {"content": word, "id": whole["model"]["vocab"][word]})
+    of_one, reaching_out = fast_tokenizer("\x00").to_str(), fast_tokenizer("[<").to_str()
+    spaced = metaspace(files / "tokenizer.model")
+    spaced["added_tokens"].append(
+        spaced["added_tokens"][0] | {"content": "    ", "id": len(spaced["model"]["vocab"]), "special": False}
+    )
     for source, message in {
         b"hello\n": "it is of no known format",
         b"\x00\x01": "it is of no known format",
@@ -425,6 +509,9 @@ def test_sources_that_are_no_tokenizer_are_refused(tmp_path: Path, files: Path) 
         json.dumps(with_hole).encode(): "without holes",
         ours.encode(): "already has the token <|bos|>",
         json.dumps(merged).encode(): f"it reads its special token {word} from text",
+        of_one.encode(): "transformers would read 'a\\x00a\\x00' in a chat otherwise",
+        reaching_out.encode(): "transformers would read '[' in a chat otherwise",
+        json.dumps(spaced).encode(): "transformers would read 'a    a    ' in a chat otherwise",
         sentencepiece_model(model_type="unigram", vocab_size=350): "not of type BPE",
         sentencepiece_model(normalization_rule_name="nmt_nfkc"): "normalisation",
     }.items():
