@@ -25,6 +25,7 @@ from s3 import artifact, proxy, s3, soak, uri
 from test_training import ALONE, CONFIG, STEPS, STOP, Killed, fresh_model, losses, run, write_rows
 
 from cluster import manifest as manifests
+from cluster import storage as storage_module
 from cluster.storage import Storage, StorageError
 from corpus.rows import Rows
 from pipeline.artifacts import CLAIM
@@ -224,6 +225,8 @@ def one_of_two(rank: int, path: Path, uris: list[str], go_on: bool) -> None:
     """A rank with a URI of its own for the storage of both."""
     os.environ["HOME"] = str(path / "home")  # of the cache
     torch.set_num_threads(1)
+    if not go_on:
+        storage_module.READ_TRIES = 2  # its failure is final, and the client has tries of its own, of seconds
     meet = f"file://{path / f'meet-{go_on}'}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     reporter = attempt(Storage(uris[rank]), path, World.current(2), go_on=go_on)
