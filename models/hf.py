@@ -103,7 +103,7 @@ def read_spec(directory: Path) -> ModelSpec:
     if "quantization_config" in written:
         raise refuse("quantization_config", written["quantization_config"], "a model without one")
     family = FAMILIES[model_type]
-    c = AutoConfig.from_pretrained(path.parent)
+    c = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     for key, supported in COMPUTED[family].items():
         if getattr(c, key) not in supported:
             raise refuse(key, getattr(c, key), " or ".join(map(repr, supported)))

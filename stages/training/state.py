@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from cluster import manifest
-from cluster.storage import FileEntry, StorageError
+from cluster.storage import FileEntry, Storage, StorageError
 from corpus.tokenizers import Tokenizer
 from models.build import build
 from models.hf import save_pretrained
@@ -35,6 +35,7 @@ from stages.context import StageContext
 from stages.training.metrics import Reporter
 from stages.training.optimizer import Optimizer
 from stages.training.parallel import World, full_weights, is_sharded
+from stages.training.reader import CheckpointReader
 
 SUMMARY = ("loss", "val_bpb", "pass_at_1", "best_step", "reward", "tokens_per_second", "mfu")
 STAGE_STATE = "stage-"  # files of a checkpoint, one a rank, with what only the stage itself knows of
@@ -112,6 +113,13 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def _reader(place: Storage) -> CheckpointReader:
+    """The reader of a checkpoint, every hash checked; StorageError where it is damaged or not one of ours."""
+    directory, saved = manifest.fetch(place), manifest.read(place)
+    assert saved is not None
+    return CheckpointReader(directory, saved)
+
+
 class Checkpoints:
     """Saves and restores one stage. `scratch` is a local directory of this rank; `best_step` is kept, too.
 
@@ -131,7 +139,7 @@ class Checkpoints:
     def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
         """Loads the newest complete checkpoint there is, whatever world and mode wrote it."""
         storage = self.context.storage
-        found = manifest.latest_checkpoint(storage, check=manifest.fetch)
+        found = manifest.latest_checkpoint(storage, check=_reader)
         self.world.barrier()
         if self.world.rank == 0:  # what is newer is damaged or half uploaded, and would mix with this attempt's parts
             for name in {f.split("/")[0] for f in storage.list(manifest.CHECKPOINTS)}:
@@ -141,9 +149,10 @@ class Checkpoints:
         if found is None:
             return Progress()
         _, place, saved = found
-        directory, values = manifest.fetch(place), Progress().tensor()
+        reader, values = _reader(place), Progress().tensor()
+        directory = Path(reader.path)
         state = {"model": weights_of(model), "optimizer": optimizer.state_dict(), "progress": values}
-        dcp.load(state, checkpoint_id=directory)
+        dcp.load(state, storage_reader=reader)
         self.stage_state = [json.loads(f.read_text()) for f in sorted(directory.glob(f"{STAGE_STATE}*.json"))]
         if not self.reporter.quiet:
             self.reporter.read(directory / manifest.METRICS)
@@ -157,7 +166,7 @@ class Checkpoints:
     def restore_weights(self, step: int, model: nn.Module) -> None:
         """Loads the weights alone of the checkpoint taken after `step` steps."""
         place = self.context.storage.at(manifest.checkpoint_path(step))
-        dcp.load({"model": weights_of(model)}, checkpoint_id=manifest.fetch(place))
+        dcp.load({"model": weights_of(model)}, storage_reader=_reader(place))
 
     def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer, stage_state: Any = None) -> None:
         """Starts saving the present state, and with it `stage_state` as JSON; training may go on at once. Waits for the
