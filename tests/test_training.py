@@ -36,7 +36,7 @@ from stages.context import StageContext, Stopped
 from stages.evaluate import bits_per_byte
 from stages.training.loop import accumulate_gradients, train
 from stages.training.metrics import Reporter
-from stages.training.optimizer import group_weights
+from stages.training.optimizer import build_optimizer, group_weights
 from stages.training.parallel import World
 from stages.training.schedule import Schedule
 from stages.training.state import Checkpoints
@@ -219,6 +219,33 @@ def test_a_damaged_newest_checkpoint_is_passed_over(rows: Rows, tmp_path: Path, 
     assert losses(record_of_both) == losses(record) and same_weights(resumed, whole)
 
 
+def test_the_user_is_told_when_every_checkpoint_is_damaged(rows: Rows, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path / "run", rows, stop_at=2 * STOP)
+    for weights in (tmp_path / "run").rglob("*.distcp"):
+        flip_a_bit(weights)
+    _, reporter = run(tmp_path / "run", rows, model=fresh_model(seed=9))
+    passed = [note for note in reporter.notes if "passed over" in note]
+    assert [note.split(":")[0] for note in passed] == [
+        "checkpoint 10 is passed over, training goes on from step 5",
+        "checkpoint 5 is passed over, training begins again at step 0",
+    ]
+    assert all("distcp has" in note and "--force" not in note for note in passed), passed
+    assert list(losses(reporter)) == list(range(STEPS))
+
+
+def test_what_another_attempt_left_in_the_cache_is_not_read(rows: Rows, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path / "run", rows, stop_at=STOP)
+    place = Storage(tmp_path / "run").at(manifest.checkpoint_path(STOP))
+    place.write_json("stage-00001.json", {"of": "a larger world"})
+    model, config = fresh_model(), CONFIG
+    reporter = Reporter(Storage(tmp_path / "run"), STEPS)
+    checkpoints = Checkpoints(stage(tmp_path / "run"), ALONE, tmp_path / "scratch", reporter, config.keep_last)
+    assert checkpoints.restore(model, build_optimizer(model, config, "fp32", ALONE)).step == STOP
+    assert checkpoints.stage_state == []
+
+
 def replace_in_storage(checkpoint: Storage, name: str, data: bytes) -> None:
     """Puts `data` in the place of a file, and has the manifest say so, as whoever can write to the storage can."""
     checkpoint.write_bytes(name, data)
@@ -264,9 +291,7 @@ def by_a_name(code: Code, metadata: Metadata) -> Any:
 @pytest.mark.parametrize(
     "attack", [bare, within, as_a_value, from_elsewhere, by_a_name], ids=lambda function: function.__name__
 )
-def test_no_code_in_a_checkpoint_runs(
-    rows: Rows, tmp_path: Path, attack: Callable[[Code, Metadata], Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_code_in_a_checkpoint_runs(rows: Rows, tmp_path: Path, attack: Callable[[Code, Metadata], Any]) -> None:
     whole, record = run(tmp_path / "whole", rows)
     with pytest.raises(Killed):
         run(tmp_path / "broken", rows, stop_at=2 * STOP)
@@ -277,7 +302,8 @@ def test_no_code_in_a_checkpoint_runs(
     resumed, record_of_both = run(tmp_path / "broken", rows, model=fresh_model(seed=9))
     assert not ran.exists(), "it ran"
     assert losses(record_of_both) == losses(record) and same_weights(resumed, whole)
-    assert "checkpoint 10 is passed over" in caplog.text and "is not that of a checkpoint" in caplog.text
+    [note] = [note for note in record_of_both.notes if "passed over" in note]
+    assert note.startswith("checkpoint 10 is passed over, training goes on from step 5") and ".metadata" in note
 
 
 def test_the_micro_batch_changes_nothing(rows: Rows, tmp_path: Path) -> None:

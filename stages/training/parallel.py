@@ -99,6 +99,20 @@ class World:
         dist.all_gather_object(parts, value.cpu(), group=self.host)
         return torch.cat(parts).to(value.device)
 
+    def first(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.host)
+        return values[0]
+
+    def everyone(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.host)
+        return values
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.host)
