@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_training import CONFIG, SPEC, STOP, Killed, flip_a_bit, run, stage, write_rows
+from torch.distributed.tensor import DTensor
 
 from cluster import manifest
 from cluster.storage import Storage, StorageError
 from models.build import build
+from models.hf import from_pretrained, save_pretrained
+from models.layers import LanguageModel
 from models.spec import ModelSpec
 from stages.training.metrics import Reporter
 from stages.training.optimizer import build_optimizer
-from stages.training.parallel import World, prepare
+from stages.training.parallel import World, initial_device, prepare
 from stages.training.schedule import Schedule
 from stages.training.state import Checkpoints
 
@@ -44,6 +48,7 @@ GPT2 = ModelSpec(
 )
 FAULTS = {"damaged": "ddp", "unreadable": "zero1", "unused": "fsdp"}  # of one rank's view of the storage
 SPECS = {"depth": replace(SPEC, vocab_size=61), "gpt2": GPT2}
+FAMILIES = SPECS | {"qwen3": replace(SPECS["depth"], family="qwen3", softcap=0.0, kv_heads=1)}
 
 
 def attempt(
@@ -51,9 +56,12 @@ def attempt(
 ) -> tuple[dict[int, float], torch.Tensor]:
     """Losses by step (on the first rank), and what the model makes of one row."""
     rows = write_rows(path.parent / f"rows-{os.getpid()}", masked=True, vocab_size=61)
-    model = build(SPECS[family])
-    model.init_weights(0)
     config = LONG.model_copy(update={"parallel": mode, "optimizer": "muon", **settings})
+    model = build(SPECS[family], initial_device(config, world))
+    model.source = partial(LanguageModel.initial_weights, seed=0)
+    if not next(model.parameters()).is_meta:
+        model.source = None
+        model.init_weights(0)
     model, reporter = run(path / "run", rows, config, world, stop_at, model, schedule=SCHEDULE)
     ids = torch.arange(17)[None] % 61
     return {r["step"]: r["loss"] for r in reporter.records if "loss" in r}, model(ids[:, :-1], ids[:, 1:]).detach()
@@ -152,6 +160,48 @@ def test_the_modes_compute_the_same_loss_in_bf16(tmp_path: Path) -> None:
     for mode in MODES:
         assert found[mode][0] == pytest.approx(found["ddp"][0], rel=1e-4), mode
         assert found[mode][19] == pytest.approx(found["ddp"][19], rel=0.02), mode
+
+
+def fills(rank: int, path: Path) -> None:
+    """Every way to a sharded model, by way of the whole on each rank and of its rows alone."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path / 'meet-to-fill'}", rank=rank, world_size=2)
+    world, config = World.current(2), LONG.model_copy(update={"parallel": "fsdp"})
+    ids = torch.arange(17)[None] % 61
+    for name, spec in FAMILIES.items():
+        new = build(spec)
+        new.init_weights(0)
+        lazy = build(spec, "meta")
+        lazy.source = partial(LanguageModel.initial_weights, seed=0)
+        stored = path / name
+        pairs = [(new, lazy), (from_pretrained(stored), from_pretrained(stored, device="meta"))]
+        for whole, rows in pairs:
+            assert all(p.is_meta for p in rows.parameters()), "it took the memory of the whole"
+            gradients = []
+            for model in (whole, rows):
+                prepare(model, config, "fp32", world)
+                model(ids[:, :-1], ids[:, 1:]).sum().backward()
+                gradients.append({n: p.grad.to_local() for n, p in model.named_parameters()})  # type: ignore[union-attr]
+            ours, theirs = (dict(m.state_dict(), cos=m.cos, sin=m.sin) for m in (rows, whole))
+            assert ours.keys() == theirs.keys()
+            for n, values in theirs.items():
+                mine = ours[n]
+                assert (values is None) == (mine is None)
+                if values is not None:
+                    a, b = (t.to_local() if isinstance(t, DTensor) else t for t in (values, mine))
+                    assert torch.equal(a, b), f"{name}: {n}"
+            assert gradients[0].keys() == gradients[1].keys()
+            assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
+            assert (rows.lm_head.weight is rows.model.embed_tokens.weight) == spec.tied
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_is_the_same_when_no_rank_ever_has_the_whole(tmp_path: Path) -> None:
+    for name, spec in FAMILIES.items():
+        model = build(spec)
+        model.init_weights(7)
+        save_pretrained(model, tmp_path / name, 0, 1)
+    mp.spawn(fills, args=(tmp_path,), nprocs=2)
 
 
 def restores(rank: int, path: Path, jobs: list[dict[str, str]]) -> None:
