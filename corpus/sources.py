@@ -302,9 +302,24 @@ def _open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     filesystem, path = _filesystem(uri)
     try:
         with pq.ParquetFile(path, filesystem=filesystem, buffer_size=READ_BYTES) as file:
+            if objects := [field.name for field in file.schema_arrow if _holds_objects(field.type)]:
+                raise ValueError(
+                    f"{uri} keeps Python objects in {', '.join(objects)}, and reading these would run code that comes "
+                    "with the file: write it again with plain columns"
+                )
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{uri} is not readable Parquet: {error}") from error
+
+
+def _holds_objects(kind: pa.DataType) -> bool:
+    """Whether values of this type are made by a class that some library registered: Ray Data's unpickles them."""
+    if isinstance(kind, pa.ExtensionType):
+        return True
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds_objects(kind.storage_type)
+    parts = [kind.value_type] if pa.types.is_dictionary(kind) else [kind.field(i).type for i in range(kind.num_fields)]
+    return any(map(_holds_objects, parts))
 
 
 def _batches(file: pq.ParquetFile, row_groups: range, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:

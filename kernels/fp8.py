@@ -43,11 +43,12 @@ class Fp8Linear(nn.Linear):
 def convert(module: nn.Module) -> list[str]:
     """Turns the nn.Linear submodules whose dimensions fit into `Fp8Linear`, in place; returns their names.
 
-    Parameters stay the same tensors under the same names. Raises ValueError if their device has no fp8.
+    Parameters stay the same tensors under the same names. Raises ValueError if their device, where they have one yet,
+    has no fp8.
     """
     linears = {n: m for n, m in module.named_modules() if type(m) is nn.Linear}
     fitting = {n: m for n, m in linears.items() if m.in_features % MULTIPLE == 0 and m.out_features % MULTIPLE == 0}
-    for device in {m.weight.device for m in fitting.values()}:
+    for device in {m.weight.device for m in fitting.values() if not m.weight.is_meta}:
         works, reason = supported(device)
         if not works:
             raise ValueError(reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from models.gpt2 import GPT2
 from models.layers import LanguageModel
 from models.llama import Llama
@@ -9,7 +11,9 @@ from models.nanochat import NanoChat
 from models.spec import ModelSpec
 
 
-def build(spec: ModelSpec) -> LanguageModel:
-    """A module of this shape; its weights are to be filled by `init_weights` or a checkpoint."""
+def build(spec: ModelSpec, device: str = "cpu") -> LanguageModel:
+    """A module of this shape; its weights, on `device`, are to be filled by `init_weights`, a checkpoint or, from
+    "meta", by its `source`."""
     family = {"depth": NanoChat, "gpt2": GPT2, "llama": Llama, "qwen3": Llama}[spec.family]
-    return family(spec)
+    with torch.device(device):
+        return family(spec)

@@ -7,7 +7,8 @@ Weight names are the same there and here, save gpt2's. Padding rows and a tied h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def read_spec(directory: Path) -> ModelSpec:
     if "quantization_config" in written:
         raise refuse("quantization_config", written["quantization_config"], "a model without one")
     family = FAMILIES[model_type]
-    c = AutoConfig.from_pretrained(path.parent)
+    c = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     for key, supported in COMPUTED[family].items():
         if getattr(c, key) not in supported:
             raise refuse(key, getattr(c, key), " or ".join(map(repr, supported)))
@@ -224,6 +225,14 @@ def _embedding(spec: ModelSpec) -> str:
 @torch.no_grad()
 def load_hf_state(model: LanguageModel, state: Mapping[str, Tensor]) -> None:
     """Fills `model`, in its own dtype, from an export's weights; ValueError when these are not all of its weights."""
+    weights = _weights(model, state)
+    for name, p in model.named_parameters():
+        p[: len(weights[name])].copy_(weights[name])
+        p[len(weights[name]) :].zero_()
+
+
+def _weights(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An export's weights by their names here; ValueError when these are not all of the model's."""
     spec = model.spec
     given = {name: w for name, w in state.items() if not name.endswith(NOT_WEIGHTS)}
     if spec.family == "gpt2" and "wte.weight" in given:  # OpenAI's own files
@@ -231,17 +240,14 @@ def load_hf_state(model: LanguageModel, state: Mapping[str, Tensor]) -> None:
     head = given.pop("lm_head.weight", None) if spec.tied else None
     if head is not None and not head.equal(given[_embedding(spec)]):
         raise ValueError("lm_head.weight differs from the embedding, though the config says that they are tied")
-    shapes = to_hf(spec, {name: p.to("meta") for name, p in model.named_parameters()})
+    shapes = to_hf(spec, {name: torch.empty(p.shape, device="meta") for name, p in model.named_parameters()})
     if given.keys() != shapes.keys():
         missing, unknown = sorted(shapes.keys() - given.keys()), sorted(given.keys() - shapes.keys())
         raise ValueError(f"these are not the model's weights: missing {missing}, unknown {unknown}")
     for name, w in given.items():
         if w.shape != shapes[name].shape:
             raise ValueError(f"{name} has shape {tuple(w.shape)}, the model's has {tuple(shapes[name].shape)}")
-    weights = from_hf(spec, given)
-    for name, p in model.named_parameters():
-        p[: len(weights[name])].copy_(weights[name])
-        p[len(weights[name]) :].zero_()
+    return from_hf(spec, given)
 
 
 def save_pretrained(
@@ -255,9 +261,32 @@ def save_pretrained(
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def from_pretrained(directory: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """The model saved in `directory`, in one file or in shards with an index, on the CPU with weights in `dtype`."""
-    model = build(read_spec(directory))
+def from_pretrained(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:
+    """The model saved in `directory`, in one file or in shards with an index, on the CPU with weights in `dtype`; on
+    the "meta" device with `directory` as its source."""
+    model = build(read_spec(directory), device)
+    for p in model.parameters():  # not the rope tables, which stay fp32
+        p.data = p.data.to(dtype)
+    if device == "meta":
+        model.source = partial(_stored, directory)
+        return model
+    try:
+        load_hf_state(model, _read(directory))
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    return model
+
+
+def _stored(directory: Path, model: LanguageModel) -> Iterable[tuple[str, Tensor]]:
+    try:
+        return _weights(model, _read(directory)).items()
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
+def _read(directory: Path) -> dict[str, Tensor]:
+    """What the export in `directory` holds. The files are mapped: a weight is read from disk when it is used, once for
+    all processes of a machine."""
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
@@ -265,10 +294,4 @@ def from_pretrained(directory: Path, dtype: torch.dtype = torch.float32) -> Lang
     state: dict[str, Tensor] = {}
     for file in files:
         state |= load_file(directory / file)
-    for p in model.parameters():  # not the rope tables, which stay fp32
-        p.data = p.data.to(dtype)
-    try:
-        load_hf_state(model, state)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
-    return model
+    return state

@@ -7,7 +7,8 @@ not know the family: `model.embed_tokens`, `model.layers.N`, `lm_head`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from models.spec import ModelSpec
 
 def rope_tables(head_dim: int, base: float, positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary embedding (arXiv 2104.09864), each (positions, head_dim/2), fp32."""
-    inv_freq = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), inv_freq)
+    places = partial(torch.arange, dtype=torch.float32, device="cpu")  # also where weights are on the meta device
+    inv_freq = base ** -(places(0, head_dim, 2) / head_dim)
+    angles = torch.outer(places(positions), inv_freq)
     return angles.cos(), angles.sin()
 
 
@@ -111,6 +113,9 @@ class LanguageModel(nn.Module):
 
     cos: Tensor | None
     sin: Tensor | None
+    # where the weights are on the meta device: what they are to be filled with once each rank has its rows of them,
+    # whole, by name, without padding rows
+    source: Callable[[LanguageModel], Iterable[tuple[str, Tensor]]] | None = None
 
     def __init__(
         self,
@@ -140,18 +145,28 @@ class LanguageModel(nn.Module):
         back = name.endswith(("o_proj.weight", "fc2.weight", "down_proj.weight"))
         return 0.02 / (2 * self.spec.layers) ** 0.5 if back else 0.02
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Fills every weight from `seed`, the same on all devices: norms are 1, biases 0, matrices normal."""
+    def initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by name as `seed` has it begin, one drawn at a time, without padding rows: norms are 1, biases
+        0, matrices normal. Only shapes are looked at, so the weights themselves may be on the meta device."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            p.zero_()
+            # drawn without the padding, which would move all numbers after it
+            padded = name in ("model.embed_tokens.weight", "lm_head.weight")
+            shape = (self.spec.vocab_size, *p.shape[1:]) if padded else p.shape
             if p.ndim == 1:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
             elif std := self.init_std(name, p.shape):
-                # drawn without the padding, which would move all numbers after it
-                rows = p[: self.spec.vocab_size] if name in ("model.embed_tokens.weight", "lm_head.weight") else p
-                rows.copy_(torch.randn(rows.shape, generator=generator) * std)
+                yield name, torch.randn(shape, generator=generator) * std
+            else:
+                yield name, torch.zeros(shape)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fills every weight from `seed`, the same on all devices."""
+        weights = dict(self.named_parameters())
+        for name, weight in self.initial_weights(seed):
+            weights[name].zero_()
+            weights[name][: len(weight)].copy_(weight)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids (B, T) at positions (T) or (B, T) → what enters the first block (B, T, width)."""

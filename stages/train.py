@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -20,7 +21,7 @@ from stages.growing import open_rows, wait_until_made
 from stages.training.launch import launch
 from stages.training.loop import train
 from stages.training.metrics import Reporter
-from stages.training.parallel import World
+from stages.training.parallel import World, initial_device
 from stages.training.schedule import Schedule
 from stages.training.state import Checkpoints, publish_model
 
@@ -60,7 +61,8 @@ def work(arguments: dict[str, Any]) -> None:
     tokenizer = Tokenizer.load(context.fetch("tokenizer"))
     rows = open_rows(context, f"{context.stage}/train")
     held_out = open_rows(context, f"{context.stage}/val")
-    model = initial_model(context, arguments["shape"], tokenizer.vocab_size, seed)
+    device = initial_device(config, world)
+    model = initial_model(context, arguments["shape"], tokenizer.vocab_size, seed, device)
     schedule = schedule_of(config, rows, world)
 
     def validate(model: LanguageModel) -> float:
@@ -76,13 +78,18 @@ def work(arguments: dict[str, Any]) -> None:
         publish_model(context, model, tokenizer, reporter, world, scratch)
 
 
-def initial_model(context: StageContext, shape: ModelConfig, vocab_size: int, seed: int) -> LanguageModel:
-    """New weights for base, those of the stage before for mid and sft."""
+def initial_model(
+    context: StageContext, shape: ModelConfig, vocab_size: int, seed: int, device: str = "cpu"
+) -> LanguageModel:
+    """New weights for base, those of the stage before for mid and sft; on the "meta" device these are its source."""
     source = WEIGHTS_FROM[context.stage]
     if source:
-        return from_pretrained(context.fetch(source))
-    model = build(shape.spec(vocab_size))
-    model.init_weights(seed)
+        return from_pretrained(context.fetch(source), device=device)
+    model = build(shape.spec(vocab_size), device)
+    if device == "meta":
+        model.source = functools.partial(LanguageModel.initial_weights, seed=seed)
+    else:
+        model.init_weights(seed)
     return model
 
 

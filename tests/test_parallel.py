@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_training import CONFIG, SPEC, STOP, Killed, run, write_rows
+from test_training import CONFIG, SPEC, STOP, Killed, flip_a_bit, run, stage, write_rows
+from torch.distributed.tensor import DTensor
 
+from cluster import manifest
+from cluster.storage import Storage, StorageError
 from models.build import build
+from models.hf import from_pretrained, save_pretrained
+from models.layers import LanguageModel
 from models.spec import ModelSpec
-from stages.training.parallel import World
+from stages.training.metrics import Reporter
+from stages.training.optimizer import build_optimizer
+from stages.training.parallel import World, initial_device, prepare
 from stages.training.schedule import Schedule
+from stages.training.state import Checkpoints
 
 MODES = ("ddp", "zero1", "fsdp")
 # 20 steps of fp32, orthogonalisation too; 8 rows a step do not divide among three ranks
@@ -36,7 +46,9 @@ GPT2 = ModelSpec(
     tied=True,
     biases=True,
 )
+FAULTS = {"damaged": "ddp", "unreadable": "zero1", "unused": "fsdp"}  # of one rank's view of the storage
 SPECS = {"depth": replace(SPEC, vocab_size=61), "gpt2": GPT2}
+FAMILIES = SPECS | {"qwen3": replace(SPECS["depth"], family="qwen3", softcap=0.0, kv_heads=1)}
 
 
 def attempt(
@@ -44,9 +56,12 @@ def attempt(
 ) -> tuple[dict[int, float], torch.Tensor]:
     """Losses by step (on the first rank), and what the model makes of one row."""
     rows = write_rows(path.parent / f"rows-{os.getpid()}", masked=True, vocab_size=61)
-    model = build(SPECS[family])
-    model.init_weights(0)
     config = LONG.model_copy(update={"parallel": mode, "optimizer": "muon", **settings})
+    model = build(SPECS[family], initial_device(config, world))
+    model.source = partial(LanguageModel.initial_weights, seed=0)
+    if not next(model.parameters()).is_meta:
+        model.source = None
+        model.init_weights(0)
     model, reporter = run(path / "run", rows, config, world, stop_at, model, schedule=SCHEDULE)
     ids = torch.arange(17)[None] % 61
     return {r["step"]: r["loss"] for r in reporter.records if "loss" in r}, model(ids[:, :-1], ids[:, 1:]).detach()
@@ -145,3 +160,88 @@ def test_the_modes_compute_the_same_loss_in_bf16(tmp_path: Path) -> None:
     for mode in MODES:
         assert found[mode][0] == pytest.approx(found["ddp"][0], rel=1e-4), mode
         assert found[mode][19] == pytest.approx(found["ddp"][19], rel=0.02), mode
+
+
+def fills(rank: int, path: Path) -> None:
+    """Every way to a sharded model, by way of the whole on each rank and of its rows alone."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path / 'meet-to-fill'}", rank=rank, world_size=2)
+    world, config = World.current(2), LONG.model_copy(update={"parallel": "fsdp"})
+    ids = torch.arange(17)[None] % 61
+    for name, spec in FAMILIES.items():
+        new = build(spec)
+        new.init_weights(0)
+        lazy = build(spec, "meta")
+        lazy.source = partial(LanguageModel.initial_weights, seed=0)
+        stored = path / name
+        pairs = [(new, lazy), (from_pretrained(stored), from_pretrained(stored, device="meta"))]
+        for whole, rows in pairs:
+            assert all(p.is_meta for p in rows.parameters()), "it took the memory of the whole"
+            gradients = []
+            for model in (whole, rows):
+                prepare(model, config, "fp32", world)
+                model(ids[:, :-1], ids[:, 1:]).sum().backward()
+                gradients.append({n: p.grad.to_local() for n, p in model.named_parameters()})  # type: ignore[union-attr]
+            ours, theirs = (dict(m.state_dict(), cos=m.cos, sin=m.sin) for m in (rows, whole))
+            assert ours.keys() == theirs.keys()
+            for n, values in theirs.items():
+                mine = ours[n]
+                assert (values is None) == (mine is None)
+                if values is not None:
+                    a, b = (t.to_local() if isinstance(t, DTensor) else t for t in (values, mine))
+                    assert torch.equal(a, b), f"{name}: {n}"
+            assert gradients[0].keys() == gradients[1].keys()
+            assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
+            assert (rows.lm_head.weight is rows.model.embed_tokens.weight) == spec.tied
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_is_the_same_when_no_rank_ever_has_the_whole(tmp_path: Path) -> None:
+    for name, spec in FAMILIES.items():
+        model = build(spec)
+        model.init_weights(7)
+        save_pretrained(model, tmp_path / name, 0, 1)
+    mp.spawn(fills, args=(tmp_path,), nprocs=2)
+
+
+def restores(rank: int, path: Path, jobs: list[dict[str, str]]) -> None:
+    """What each of two ranks comes to, reading its own copy of the storage: the step, or why there is none."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path / 'meet-again'}", rank=rank, world_size=2)
+    world, found = World.current(2), {}
+    for job in jobs:
+        model = build(SPECS[job["family"]])
+        model.init_weights(9)
+        config = LONG.model_copy(update={"parallel": job["mode"], "optimizer": "muon"})
+        prepare(model, config, "fp32", world)
+        optimizer = build_optimizer(model, config, "fp32", world)
+        storage = Storage(path / job["name"] / ("run" if rank == 0 else "other"))
+        reporter = Reporter(storage, 20, quiet=rank > 0)
+        checkpoints = Checkpoints(stage(Path(storage.uri)), world, path / f"scratch-{rank}", reporter, 2)
+        try:
+            found[job["name"]] = [checkpoints.restore(model, optimizer).step, *reporter.notes]
+        except StorageError as error:
+            found[job["name"]] = ["error", str(error)]
+    (path / f"found-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_ranks_resume_from_the_same_step_whatever_one_of_them_cannot_read(tmp_path: Path) -> None:
+    jobs = [{"name": n, "family": "gpt2", "mode": m} for n, m in FAULTS.items()]
+    together(tmp_path, 2, [{**job, "stop_at": 2 * STOP} for job in jobs])
+    newest = manifest.checkpoint_path(2 * STOP)
+    for job in jobs:
+        shutil.copytree(tmp_path / job["name"] / "run", tmp_path / job["name"] / "other")
+    flip_a_bit(tmp_path / "damaged" / "other" / newest / "__0_0.distcp")
+    flip_a_bit(tmp_path / "unused" / "other" / newest / "__0_0.distcp")
+    unreadable = tmp_path / "unreadable" / "other" / newest / "__0_0.distcp"
+    unreadable.unlink()
+    unreadable.mkdir()
+    mp.spawn(restores, args=(tmp_path, jobs), nprocs=2)
+    first, second = (json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(2))
+    [step, note], [other] = first["damaged"], second["damaged"]
+    assert step == other == STOP and note.startswith("checkpoint 10 is passed over, training goes on from step 5")
+    assert not (tmp_path / "damaged" / "run" / newest).exists(), "it would mix with the parts of the next save"
+    assert first["unreadable"] == second["unreadable"] and "__0_0.distcp" in first["unreadable"][1]
+    assert (tmp_path / "unreadable" / "run" / newest / "manifest.json").exists(), "nothing was wrong with it"
+    assert first["unused"] == second["unused"] == [2 * STOP], "what it reads lies in the other file"

@@ -443,6 +443,40 @@ def test_an_actor_lost_in_a_weight_transfer_is_replaced_with_the_new_weights(
         assert disagreement(model, prompts, groups) < 1e-4
 
 
+class WholeTransfer:
+    """A transfer that arrives."""
+
+    def __init__(self, actors: list[Any], shared: bool, timeout: float) -> None:
+        self.actors = actors
+
+    def send(self, weights: Any) -> None:
+        ray.get([actor.load.remote(weights, 0) for actor in self.actors])
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_weights_cross_the_host_only_when_they_must(
+    directory: Path, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, lasting: bool
+) -> None:
+    """Those that last, for an actor that is replaced; those that change while actors sample, at once."""
+    monkeypatch.setattr("stages.rl.rollout.Transfer", WholeTransfer)
+    put, stored = ray.put, []
+    monkeypatch.setattr("stages.rl.rollout.ray.put", lambda value: stored.append(1) or put(value))
+    with pool_of(directory, "torch") as pool:
+        pool._direct = True
+        model, sent = random_model(spec, seed=8), random_model(spec, seed=8)
+        pool.sync(engine_state(model.spec, dict(model.named_parameters())), 8, lasting=lasting)
+        assert len(stored) == (0 if lasting else 1)
+        if not lasting:
+            for p in model.parameters():
+                p.data.zero_()
+        ray.kill(pool._members[0].handle)
+        prompts = prompts_of(spec, 2, 12)
+        groups = pool.sample(prompts, seeds(prompts, 0), 2, 20)
+        assert pool.replaced == 1 and len(stored) == 1
+        assert {c.weight_version for group in groups for c in group} == {8}
+        assert disagreement(sent, prompts, groups) < 1e-4
+
+
 def test_an_actor_that_cannot_start_is_not_tried_again(directory: Path) -> None:
     with pool_of(directory / "missing", "torch") as pool, pytest.raises(ray.exceptions.ActorDiedError, match="missing"):
         pool.sample([[1]], [(0,)], 1, 4)

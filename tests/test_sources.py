@@ -512,3 +512,28 @@ def test_remote_files_are_pinned_downloaded_once_and_resumed(tmp_path: Path) -> 
     ranges = [asked for command, path, asked in Hub.requests if command == "GET" and path.endswith(".parquet")]
     assert ranges[0] is None and ranges[2] is None and len(ranges) == 3
     assert ranges[1] and int(ranges[1].removeprefix("bytes=").rstrip("-")) > 0
+
+
+class Code:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_no_code_in_a_parquet_file_runs(tmp_path: Path, nested: bool) -> None:
+    """Once Ray Data is imported, as where documents are made, its columns of objects unpickle when they are read."""
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
+
+    ran = tmp_path / "ran"
+    column: Any = ArrowPythonObjectArray.from_objects([Code(ran)])  # type: ignore[arg-type]
+    if nested:
+        column = pa.StructArray.from_arrays([column], ["inner"])
+    path = write_parquet(tmp_path / "a.parquet", {"question": column})
+    with pytest.raises(ValueError, match=r"a\.parquet keeps Python objects in question.*plain columns"):
+        list(read_records(str(path)))
+    assert not ran.exists(), "it ran"

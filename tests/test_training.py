@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import pickle
 import subprocess
 import sys
 import time
@@ -19,9 +22,10 @@ import torch._dynamo.utils
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from cluster import manifest
-from cluster.storage import Storage
+from cluster.storage import FileEntry, Storage
 from corpus.rows import Rows, RowWriter
 from models.build import build
 from models.layers import LanguageModel
@@ -32,7 +36,7 @@ from stages.context import StageContext, Stopped
 from stages.evaluate import bits_per_byte
 from stages.training.loop import accumulate_gradients, train
 from stages.training.metrics import Reporter
-from stages.training.optimizer import group_weights
+from stages.training.optimizer import build_optimizer, group_weights
 from stages.training.parallel import World
 from stages.training.schedule import Schedule
 from stages.training.state import Checkpoints
@@ -213,6 +217,93 @@ def test_a_damaged_newest_checkpoint_is_passed_over(rows: Rows, tmp_path: Path, 
     damage(weights)
     resumed, record_of_both = run(tmp_path / "broken", rows, model=fresh_model(seed=9))
     assert losses(record_of_both) == losses(record) and same_weights(resumed, whole)
+
+
+def test_the_user_is_told_when_every_checkpoint_is_damaged(rows: Rows, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path / "run", rows, stop_at=2 * STOP)
+    for weights in (tmp_path / "run").rglob("*.distcp"):
+        flip_a_bit(weights)
+    _, reporter = run(tmp_path / "run", rows, model=fresh_model(seed=9))
+    passed = [note for note in reporter.notes if "passed over" in note]
+    assert [note.split(":")[0] for note in passed] == [
+        "checkpoint 10 is passed over, training goes on from step 5",
+        "checkpoint 5 is passed over, training begins again at step 0",
+    ]
+    assert all("distcp has" in note and "--force" not in note for note in passed), passed
+    assert list(losses(reporter)) == list(range(STEPS))
+
+
+def test_what_another_attempt_left_in_the_cache_is_not_read(rows: Rows, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path / "run", rows, stop_at=STOP)
+    place = Storage(tmp_path / "run").at(manifest.checkpoint_path(STOP))
+    place.write_json("stage-00001.json", {"of": "a larger world"})
+    model, config = fresh_model(), CONFIG
+    reporter = Reporter(Storage(tmp_path / "run"), STEPS)
+    checkpoints = Checkpoints(stage(tmp_path / "run"), ALONE, tmp_path / "scratch", reporter, config.keep_last)
+    assert checkpoints.restore(model, build_optimizer(model, config, "fp32", ALONE)).step == STOP
+    assert checkpoints.stage_state == []
+
+
+def replace_in_storage(checkpoint: Storage, name: str, data: bytes) -> None:
+    """Puts `data` in the place of a file, and has the manifest say so, as whoever can write to the storage can."""
+    checkpoint.write_bytes(name, data)
+    saved = manifest.read(checkpoint)
+    assert saved is not None
+    entry = FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+    manifest.write(checkpoint, replace(saved, files=[entry if f.path == name else f for f in saved.files]))
+
+
+class Code:
+    """Touches a file when it is unpickled, alone or within something that looks right."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.file}",)
+
+
+def bare(code: Code, metadata: Metadata) -> Any:
+    return code
+
+
+def within(code: Code, metadata: Metadata) -> Any:
+    return replace(metadata, planner_data=code)
+
+
+def as_a_value(code: Code, metadata: Metadata) -> Any:
+    """DCP unpickles what is no tensor."""
+    index = next(iter(metadata.storage_data))
+    return replace(metadata, state_dict_metadata=metadata.state_dict_metadata | {index.fqn: BytesStorageMetadata()})
+
+
+def from_elsewhere(code: Code, metadata: Metadata) -> Any:
+    outside = {i: replace(info, relative_path="/etc/passwd") for i, info in metadata.storage_data.items()}
+    return replace(metadata, storage_data=outside)
+
+
+def by_a_name(code: Code, metadata: Metadata) -> Any:
+    return replace(metadata, storage_meta=torch.load)
+
+
+@pytest.mark.parametrize(
+    "attack", [bare, within, as_a_value, from_elsewhere, by_a_name], ids=lambda function: function.__name__
+)
+def test_no_code_in_a_checkpoint_runs(rows: Rows, tmp_path: Path, attack: Callable[[Code, Metadata], Any]) -> None:
+    whole, record = run(tmp_path / "whole", rows)
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", rows, stop_at=2 * STOP)
+    checkpoint = Storage(tmp_path / "broken").at(manifest.checkpoint_path(2 * STOP))
+    ran = tmp_path / "ran"
+    metadata = pickle.loads(checkpoint.read_bytes(".metadata"))
+    replace_in_storage(checkpoint, ".metadata", pickle.dumps(attack(Code(ran), metadata)))
+    resumed, record_of_both = run(tmp_path / "broken", rows, model=fresh_model(seed=9))
+    assert not ran.exists(), "it ran"
+    assert losses(record_of_both) == losses(record) and same_weights(resumed, whole)
+    [note] = [note for note in record_of_both.notes if "passed over" in note]
+    assert note.startswith("checkpoint 10 is passed over, training goes on from step 5") and ".metadata" in note
 
 
 def test_the_micro_batch_changes_nothing(rows: Rows, tmp_path: Path) -> None:

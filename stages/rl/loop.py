@@ -22,7 +22,7 @@ from stages.rl.learner import learner_precision, update
 from stages.rl.rollout import RolloutPool
 from stages.training.metrics import Reporter, Stopwatch
 from stages.training.optimizer import build_optimizer
-from stages.training.parallel import World, full_weights, prepare
+from stages.training.parallel import World, full_weights, is_sharded, prepare
 from stages.training.state import Checkpoints
 from tasks.base import Environment, Problem
 
@@ -68,7 +68,11 @@ def reinforce(
         clock.mark("save")
         if stop or (last and not evaluating):
             break
-        pool.sync(engine_state(model.spec, dict(full_weights(model))), step, (step - start) % config.check_every == 0)
+        # with overlap they change while actors sample, and those of a sharded model are copies, too large to keep
+        lasting = not config.overlap and not is_sharded(model)
+        weights, check = engine_state(model.spec, dict(full_weights(model))), (step - start) % config.check_every == 0
+        pool.sync(weights, step, check, lasting)
+        del weights
         clock.mark("sync")
         if evaluating:
             figures, _ = measure(pool, environment, held_out, tokenizer, config.evaluation, seed, world, greedy=last)

@@ -7,6 +7,7 @@ caller, prompt and sample: the same weights give the same completions with any n
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -182,7 +183,8 @@ class RolloutPool:
         self._arguments = (fetch, engine, on_gpu, self._shared, tools)
         self._timeout, self._health_timeout = timeout, health_timeout
         self._dtype = torch.bfloat16 if on_gpu else torch.float32
-        self._current: tuple[Any, ...] = ()  # weights in the object store, and their version
+        # what gives the weights in the object store, and their version
+        self._current: tuple[Callable[[], Any], int] | None = None
         self._transfer: Transfer | None = None
         self._closed, self.replaced = False, 0
         # sampling and syncs, one after the other; CUDA's current device is a thread's own
@@ -211,8 +213,9 @@ class RolloutPool:
         options["runtime_env"] = {"env_vars": env}
         return _Member(RolloutActor.options(**options).remote(*self._arguments))  # type: ignore[attr-defined]
 
-    def sync(self, state: Mapping[str, Tensor], version: int, check: bool = True) -> float:
-        """Gives every actor these weights (`models.hf.engine_state`); returns the seconds it took.
+    def sync(self, state: Mapping[str, Tensor], version: int, check: bool = True, lasting: bool = False) -> float:
+        """Gives every actor these weights (`models.hf.engine_state`); returns the seconds it took. `lasting` says that
+        the caller leaves them as they are until the pool samples no more with them, and has the memory for them.
 
         With `check`, RuntimeError where an engine then computes with other weights, found by reading its own.
         """
@@ -220,13 +223,19 @@ class RolloutPool:
         if self._on_gpu and self._shared:
             torch.cuda.empty_cache()  # what the trainer only keeps in reserve, the engine needs
         if self._members:
-            self._jobs.submit(self._sync, state, version, check).result()
+            self._jobs.submit(self._sync, state, version, check, lasting).result()
         return time.perf_counter() - began
 
-    def _sync(self, state: Mapping[str, Tensor], version: int, check: bool) -> None:
-        # copies, as a view into a larger buffer would be sent with all of it
-        weights = {name: weight.detach().to("cpu", self._dtype, copy=True) for name, weight in state.items()}
-        self._current = (ray.put(weights), version)
+    def _sync(self, state: Mapping[str, Tensor], version: int, check: bool, lasting: bool) -> None:
+        def store() -> Any:
+            # copies, as a view into a larger buffer would be sent with all of it
+            return ray.put({n: weight.detach().to("cpu", self._dtype, copy=True) for n, weight in state.items()})
+
+        if self._direct and lasting:  # only an actor that is replaced needs them by way of the host
+            self._current = (functools.cache(store), version)
+        else:
+            reference = store()
+            self._current = (lambda: reference, version)
         if self._direct:
             self._each(lambda actor, _: actor.alive.remote())  # a transfer waits for all of its engines
             try:
@@ -240,7 +249,8 @@ class RolloutPool:
         else:
             self._each(lambda actor, _: self._load(actor))
         if check:
-            shapes, expected = {name: weight.shape for name, weight in weights.items()}, digest(weights)
+            shapes = {name: weight.shape for name, weight in state.items()}
+            expected = digest({name: weight.detach().to(self._dtype) for name, weight in state.items()})
             for a, held in enumerate(self._each(lambda actor, _: actor.digest.remote(shapes))):
                 if held != expected:
                     raise RuntimeError(
@@ -248,7 +258,9 @@ class RolloutPool:
                     )
 
     def _load(self, actor: Any) -> Any:
-        return actor.load.remote(*self._current)
+        assert self._current is not None
+        stored, version = self._current
+        return actor.load.remote(stored(), version)
 
     def sample(self, *arguments: Any, **options: Any) -> Completions:
         """`start` and its result."""

@@ -18,7 +18,7 @@ from stages.rl.loop import reinforce
 from stages.rl.rollout import RolloutPool, choose
 from stages.training.launch import launch
 from stages.training.metrics import Reporter
-from stages.training.parallel import World
+from stages.training.parallel import World, initial_device
 from stages.training.state import Checkpoints, publish_model
 
 
@@ -35,7 +35,7 @@ def work(arguments: dict[str, Any]) -> None:
     world = World.current(devices.cpus)
     torch.set_num_threads(world.threads)
     source = context.fetch("sft")
-    tokenizer, model = Tokenizer.load(source), from_pretrained(source)
+    tokenizer, model = Tokenizer.load(source), from_pretrained(source, device=initial_device(config, world))
     engine, placement = choose(config.engine, config.placement, devices, world.size)
     with (
         context.scratch() as scratch,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +100,20 @@ class World:
         dist.all_gather_object(parts, value.cpu(), group=self.host)
         return torch.cat(parts).to(value.device)
 
+    def first(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.host)
+        return values[0]
+
+    def everyone(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.host)
+        return values
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.host)
@@ -134,6 +149,31 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+def shards(config: EngineConfig, world: World) -> bool:
+    """Whether every rank is to have only its rows of the weights."""
+    return config.parallel == "fsdp" and world.size > 1
+
+
+def initial_device(config: EngineConfig, world: World) -> str:
+    """Where a model is to be built: no rank has memory for the whole of one that is sharded, `prepare` fills it."""
+    return "meta" if shards(config, world) else "cpu"
+
+
+@torch.no_grad()
+def _fill(model: LanguageModel, weights: Iterable[tuple[str, Tensor]], world: World) -> None:
+    """Gives a sharded model on the meta device memory, and this rank's rows of `weights`, one weight after another."""
+    # the rope tables are no weights and have their values already
+    model._apply(lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device))
+    parameters = dict(model.named_parameters())
+    for name, whole in weights:
+        weight = parameters[name]
+        assert isinstance(weight, DTensor)
+        mine = weight.to_local()
+        part = whole[math.ceil(len(weight) / world.size) * world.rank :][: len(mine)]
+        mine.zero_()  # padding rows
+        mine[: len(part)].copy_(part)
+
+
 def prepare(model: LanguageModel, config: EngineConfig, precision: str, world: World) -> str:
     """Lays `model` over the world as `config` says, in place; returns what was chosen for it, and why.
 
@@ -142,9 +182,11 @@ def prepare(model: LanguageModel, config: EngineConfig, precision: str, world: W
     precision = computes_in(world.device, precision)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     compiles = config.compile if config.compile is not None else world.device.type == "cuda"
-    sharded = config.parallel == "fsdp" and world.size > 1
+    sharded = shards(config, world)
     if config.cuda_graphs and (world.device.type != "cuda" or not compiles or sharded):
         raise ValueError("cuda_graphs needs a GPU, compile, and whole weights (ddp or zero1)")
+    if precision == "fp8" and not (support := fp8.supported(world.device))[0]:
+        raise ValueError(support[1])
     chosen = attention.choose(config.attention, world.device, dtype, model.spec.head_dim, compiles)
     model.set_attention(chosen.backend)
     model.compile_loss = compiles
@@ -160,7 +202,8 @@ def prepare(model: LanguageModel, config: EngineConfig, precision: str, world: W
         part.set_force_sum_reduction_for_comms(True)
 
     for block in model.model.layers:
-        block.to(world.device)
+        if model.source is None:
+            block.to(world.device)
         if precision == "fp8":
             fp8.convert(block)
         elif (
@@ -175,6 +218,8 @@ def prepare(model: LanguageModel, config: EngineConfig, precision: str, world: W
             shard(block)
     if sharded:
         shard(model)
+    if model.source is not None:
+        _fill(model, model.source(model), world)
     return f"computes in {precision}; attention: {chosen.backend}, {chosen.reason}"
 
 

@@ -7,6 +7,7 @@ in the background needs no collective beyond DCP's own, which have a process gro
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -16,17 +17,19 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from cluster import manifest
-from cluster.storage import FileEntry, StorageError
+from cluster.manifest import Manifest
+from cluster.storage import FileEntry, Storage, StorageError
 from corpus.tokenizers import Tokenizer
 from models.build import build
 from models.hf import save_pretrained
@@ -35,6 +38,7 @@ from stages.context import StageContext
 from stages.training.metrics import Reporter
 from stages.training.optimizer import Optimizer
 from stages.training.parallel import World, full_weights, is_sharded
+from stages.training.reader import METADATA, CheckpointReader
 
 SUMMARY = ("loss", "val_bpb", "pass_at_1", "best_step", "reward", "tokens_per_second", "mfu")
 STAGE_STATE = "stage-"  # files of a checkpoint, one a rank, with what only the stage itself knows of
@@ -108,8 +112,55 @@ def gathered(model: LanguageModel, world: World) -> LanguageModel | None:
     return whole
 
 
+def _step(path: str) -> int:
+    """The step of the checkpoint that a file below their folder belongs to; -1 where that is none."""
+    name = path.split("/")[0].removeprefix("step_")
+    return int(name) if name.isdecimal() else -1
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
+
+
+class Damaged(StorageError):
+    """A checkpoint is not what was saved."""
+
+
+Fault = tuple[bool, str]  # whether something is damaged, which a failure to read does not prove; and what is wrong
+T = TypeVar("T")
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Fault | None]:
+    """What `function` gives, or what was wrong with the storage."""
+    try:
+        return function(), None
+    except (StorageError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, StorageError) else error
+        unread = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+        return None, (not unread, str(error).partition(" Make it again")[0])  # an artifact would have to be
+
+
+def _whole(place: Storage) -> Manifest:
+    """The manifest of a checkpoint that has all its files, at their sizes."""
+    saved = manifest.read(place)
+    if saved is None:
+        raise StorageError(f"{place.uri} has no {manifest.MANIFEST}")
+    manifest.verify(place, saved)
+    return saved
+
+
+def _bring(place: Storage, saved: Manifest, state: dict[str, Any], wanted: Callable[[str], bool]) -> CheckpointReader:
+    """Has the files here that loading `state` reads, and those `wanted`, each hash checked; a reader of them."""
+    root, entries = manifest.local_root(place, saved.fingerprint), {f.path: f for f in saved.files}
+    if METADATA not in entries:
+        raise StorageError(f"{place.uri}/{manifest.MANIFEST} lists no {METADATA}")
+    manifest.fetch_file(place, entries[METADATA], root)
+    reader, planner = CheckpointReader(root, saved), DefaultLoadPlanner()
+    planner.set_up_planner(state, reader.metadata)
+    names = reader.files(planner.create_local_plan()) | {path for path in entries if wanted(path)}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: manifest.fetch_file(place, entries[name], root), sorted(names)))
+    return reader
 
 
 class Checkpoints:
@@ -129,35 +180,71 @@ class Checkpoints:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
-        """Loads the newest complete checkpoint there is, whatever world and mode wrote it."""
-        storage = self.context.storage
-        found = manifest.latest_checkpoint(storage, check=manifest.fetch)
-        self.world.barrier()
-        if self.world.rank == 0:  # what is newer is damaged or half uploaded, and would mix with this attempt's parts
-            for name in {f.split("/")[0] for f in storage.list(manifest.CHECKPOINTS)}:
-                if found is None or int(name.removeprefix("step_")) > found[0]:
-                    manifest.remove(storage.at(manifest.CHECKPOINTS, name))
+        """Loads the newest whole checkpoint there is, whatever world and mode wrote it; the same one on every rank.
+
+        What is newer and damaged or half uploaded would mix with this attempt's parts, and is removed. StorageError
+        where reading fails, as that does not mean that anything is damaged.
+        """
+        storage, values = self.context.storage, Progress().tensor()
+        state = {"model": weights_of(model), "optimizer": optimizer.state_dict(), "progress": values}
+        metrics = () if self.reporter.quiet else (manifest.METRICS,)
+        there = {_step(path) for path in storage.list(manifest.CHECKPOINTS)} if self.world.rank == 0 else set()
+        steps: list[int] = self.world.first([step for step, _ in manifest.checkpoints(storage)])
+        removed, found = there - {*steps}, None
+        while steps and not found:
+            try:
+                found = self._open(steps[-1], state, lambda path: path.startswith((STAGE_STATE, *metrics)))
+            except Damaged as error:
+                step = steps.pop()
+                then = f"training goes on from step {steps[-1]}" if steps else "training begins again at step 0"
+                self.reporter.note(f"checkpoint {step} is passed over, {then}: {error}")
+                removed.add(step)
+        if self.world.rank == 0:
+            for step in removed:
+                if step > max(steps, default=-1):
+                    manifest.remove(storage.at(manifest.checkpoint_path(step)))
         self.world.barrier()
         if found is None:
             return Progress()
-        _, place, saved = found
-        directory, values = manifest.fetch(place), Progress().tensor()
-        state = {"model": weights_of(model), "optimizer": optimizer.state_dict(), "progress": values}
-        dcp.load(state, checkpoint_id=directory)
-        self.stage_state = [json.loads(f.read_text()) for f in sorted(directory.glob(f"{STAGE_STATE}*.json"))]
+        saved, reader = found
+        dcp.load(state, storage_reader=reader)
+        directory = Path(reader.path)
+        parts = sorted(f.path for f in saved.files if f.path.startswith(STAGE_STATE))
+        self.stage_state = [json.loads((directory / part).read_text()) for part in parts]
         if not self.reporter.quiet:
             self.reporter.read(directory / manifest.METRICS)
         self.reporter.earlier_seconds = saved.seconds
         progress = Progress.of(values)
-        if progress.best_step not in [step for step, _ in manifest.checkpoints(storage)]:
+        if progress.best_step not in steps:
             progress.best_step, progress.best = -1, math.inf
         self.best_step = progress.best_step
         return progress
 
     def restore_weights(self, step: int, model: nn.Module) -> None:
         """Loads the weights alone of the checkpoint taken after `step` steps."""
+        state = {"model": weights_of(model)}
+        _, reader = self._open(step, state, lambda _: False)
+        dcp.load(state, storage_reader=reader)
+
+    def _open(
+        self, step: int, state: dict[str, Any], wanted: Callable[[str], bool]
+    ) -> tuple[Manifest, CheckpointReader]:
+        """Manifest and reader of a checkpoint, of which every rank has what it reads: `state`, and the files `wanted`.
+
+        Raises Damaged on all ranks where one of them found it so twice, as storage may give a wrong byte once, and
+        StorageError on all where one could not read.
+        """
         place = self.context.storage.at(manifest.checkpoint_path(step))
-        dcp.load({"model": weights_of(model)}, checkpoint_id=manifest.fetch(place))
+        for _ in range(2):
+            saved, fault = self.world.first(_attempt(lambda: _whole(place)) if self.world.rank == 0 else (None, None))
+            if fault is None:
+                reader, mine = _attempt(functools.partial(_bring, place, saved, state, wanted))
+                faults = [fault for fault in self.world.everyone(mine) if fault]
+                if reader is not None and not faults:
+                    return saved, reader
+                fault = min(faults)  # a failure to read before damage
+        damaged, text = fault
+        raise Damaged(text) if damaged else StorageError(f"{text}. Run the same command again once it can be read")
 
     def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer, stage_state: Any = None) -> None:
         """Starts saving the present state, and with it `stage_state` as JSON; training may go on at once. Waits for the
