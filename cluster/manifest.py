@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, field
 from datetime import UTC, datetime
@@ -25,6 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from cluster.scratch import cache_folder
 from cluster.storage import (
+    AGREEING,
     CHUNK,
     READ_TRIES,
     DamagedError,
@@ -158,9 +158,9 @@ def verify(storage: Storage, manifest: Manifest) -> None:
         ]
         if not wrong:
             return
-        if wrong in seen:  # two listings agree
-            raise DamagedError(f"{storage.uri} is damaged or truncated: {'; '.join(wrong)}. {_recover(manifest)}")
         seen.append(wrong)
+        if seen.count(wrong) == AGREEING:
+            raise DamagedError(f"{storage.uri} is damaged or truncated: {'; '.join(wrong)}. {_recover(manifest)}")
 
 
 def fetch(storage: Storage, prefix: str = "", cache: Path | None = None) -> Path:
@@ -214,8 +214,8 @@ def _bring(storage: Storage, entry: FileEntry, root: Path) -> str | None:
 
 
 def _check(entry: FileEntry, path: Path) -> str | None:
-    """What is wrong with a local file; None when its SHA-256 is right. A fault counts when two readings agree on it."""
-    seen: set[tuple[int, str]] = set()
+    """What is wrong with a local file; None when its SHA-256 is right. A fault counts when readings agree on it."""
+    seen: list[tuple[int, str]] = []
     for _ in range(READ_TRIES):
         try:
             with path.open("rb") as stream:
@@ -224,9 +224,9 @@ def _check(entry: FileEntry, path: Path) -> str | None:
             return f"{entry.path} is missing"
         if found == (entry.size, entry.sha256):
             return None
-        if found in seen:
+        seen.append(found)
+        if seen.count(found) == AGREEING:
             return _differs(entry, found)
-        seen.add(found)
     raise UnreachableError(_unsteady(str(path)))
 
 
@@ -243,7 +243,7 @@ def _unsteady(path: str) -> str:
 
 
 def _download(storage: Storage, entry: FileEntry, path: Path) -> str | None:
-    """Has a remote file at `path`; what is wrong with it in the storage, where two downloads agree on it."""
+    """Has a remote file at `path`; what is wrong with it in the storage, where downloads agree on it."""
     if path.exists() and _check(entry, path) is None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,16 +258,16 @@ def _download(storage: Storage, entry: FileEntry, path: Path) -> str | None:
                 size += len(chunk)
         return size, digest.hexdigest()
 
-    seen: set[tuple[int, str]] = set()
+    seen: list[tuple[int, str]] = []
     try:
         for _ in range(READ_TRIES):
             found = storage.reading(entry.path, copy)
             if found == (entry.size, entry.sha256):
                 os.replace(temporary, path)
                 return None
-            if found in seen:
+            seen.append(found)
+            if seen.count(found) == AGREEING:
                 return _differs(entry, found)
-            seen.add(found)
         raise UnreachableError(_unsteady(f"{storage.uri}/{entry.path}"))
     except FileNotFoundError:
         return f"{entry.path} is missing"
@@ -298,19 +298,12 @@ def checkpoints(stage: Storage) -> list[tuple[int, Storage]]:
     return sorted(((int(m[2]), stage.at(CHECKPOINTS, m[1])) for m in found if m), key=lambda c: c[0])
 
 
-def latest_checkpoint(
-    stage: Storage, check: Callable[[Storage], Any] | None = None
-) -> tuple[int, Storage, Manifest] | None:
-    """The newest complete checkpoint; a damaged one is passed over with a warning, as resuming is exact from any.
-
-    `check` may look closer than at the sizes: it raises StorageError for what it finds damaged.
-    """
+def latest_checkpoint(stage: Storage) -> tuple[int, Storage, Manifest] | None:
+    """The newest complete checkpoint; a damaged one is passed over with a warning, as resuming is exact from any."""
     for step, storage in reversed(checkpoints(stage)):
         try:
             if (manifest := read(storage)) is not None:
                 verify(storage, manifest)
-                if check is not None:
-                    check(storage)
                 return step, storage, manifest
         except DamagedError as error:
             log.warning("checkpoint %d is passed over: %s", step, error)

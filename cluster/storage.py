@@ -34,6 +34,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 CHUNK = 8 << 20  # bytes
 TRIES = 3  # of an upload
 READ_TRIES = 6
+AGREEING = 3  # readings that give the same wrong content, before that counts as what is stored
 PAUSE_SECONDS = 0.2  # before the second try, and longer before each one after it
 TEMPORARY = ".tmp-"
 CHECKSUM = "sha256"  # the key of a JSON file that holds the SHA-256 of the others
@@ -57,7 +58,7 @@ class UnreachableError(StorageError):
 
 
 class DamagedError(StorageError):
-    """What is stored is not what was written: two reads agree on it."""
+    """What is stored is not what was written: several reads agree on it."""
 
 
 class FencedError(StorageError):
@@ -285,7 +286,7 @@ class Storage:
 
     def read_json(self, path: str) -> Any:
         """What `write_json` wrote. A fault of one read is read again; DamagedError for what is stored so."""
-        seen: set[bytes] = set()
+        seen: list[bytes] = []
         while True:
             data = self.read_bytes(path)
             try:
@@ -297,9 +298,9 @@ class Storage:
                 fault = "its content does not agree with the hash within it"
             except (ValueError, RecursionError) as error:
                 fault = f"it is not valid JSON: {error}"
-            if data in seen:
+            seen.append(data)
+            if seen.count(data) == AGREEING:
                 raise DamagedError(f"{self.uri}/{path} is damaged: {fault}")
-            seen.add(data)
             if len(seen) == READ_TRIES:
                 raise UnreachableError(
                     f"{self.uri}/{path} reads differently in each of {READ_TRIES} tries: check the network and the "

@@ -23,7 +23,7 @@ from stages.training.loop import train
 from stages.training.metrics import Reporter
 from stages.training.parallel import World, initial_device
 from stages.training.schedule import Schedule
-from stages.training.state import Checkpoints, publish_model
+from stages.training.state import Checkpoints, publish_model, scratch_bytes
 
 logger = logging.getLogger(__name__)
 WEIGHTS_FROM = {"base": None, "mid": "base", "sft": "mid"}
@@ -70,7 +70,7 @@ def work(arguments: dict[str, Any]) -> None:
         return bits_per_byte(model, held_out, tokenizer.token_bytes, world, config.precision, config.eval_rows, size)
 
     reporter = Reporter(context.storage, schedule.steps, world.rank > 0, schedule.seconds, config.max_skipped)
-    with context.scratch() as scratch:
+    with context.scratch(scratch_bytes(model, world)) as scratch:
         checkpoints = Checkpoints(context, world, scratch, reporter, config.keep_last)
         train(model, rows, config, schedule, seed, world, checkpoints, reporter, validate)
         reporter.close()

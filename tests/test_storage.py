@@ -273,7 +273,7 @@ def test_reads_that_always_fail_give_no_advice_to_make_again_what_is_whole(
     assert [path.parent.name for path in (tmp_path / "cache").rglob("weights")] == [".locks"]
 
 
-def test_what_is_damaged_says_so_after_two_reads_that_agree(unsteady: Unsteady, tmp_path: Path) -> None:
+def test_what_is_damaged_says_so_after_reads_that_agree(unsteady: Unsteady, tmp_path: Path) -> None:
     (Path(unsteady.uri) / "weights").write_bytes(b"v" * 100)
     unsteady.faults[:] = ["", "error", "flip"]
     with pytest.raises(DamagedError, match=r"weights has 100 bytes.*--force base"):

@@ -19,7 +19,7 @@ from stages.rl.rollout import RolloutPool, choose
 from stages.training.launch import launch
 from stages.training.metrics import Reporter
 from stages.training.parallel import World, initial_device
-from stages.training.state import Checkpoints, publish_model
+from stages.training.state import Checkpoints, publish_model, scratch_bytes
 
 
 def run(context: StageContext, config: RLConfig, seed: int, workers: tuple[int, int], devices: Devices) -> None:
@@ -38,7 +38,7 @@ def work(arguments: dict[str, Any]) -> None:
     tokenizer, model = Tokenizer.load(source), from_pretrained(source, device=initial_device(config, world))
     engine, placement = choose(config.engine, config.placement, devices, world.size)
     with (
-        context.scratch() as scratch,
+        context.scratch(scratch_bytes(model, world)) as scratch,
         opened(context, config.environment, config.environment_timeout) as environment,
         RolloutPool(
             functools.partial(context.fetch, "sft"),

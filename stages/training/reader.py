@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.serialization import _get_layout
 
 from cluster.manifest import Manifest
-from cluster.storage import StorageError
+from cluster.storage import DamagedError
 
 METADATA = ".metadata"
 SHARD = ".distcp"  # how the names of the files with tensors end
@@ -64,7 +64,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class CheckpointReader(FileSystemReader):
-    """Reads the checkpoint in `directory`, of which `saved` is the manifest. Raises StorageError where its `.metadata`
+    """Reads the checkpoint in `directory`, of which `saved` is the manifest. Raises DamagedError where its `.metadata`
     is not that of a checkpoint of ours."""
 
     def __init__(self, directory: Path, saved: Manifest) -> None:
@@ -76,7 +76,7 @@ class CheckpointReader(FileSystemReader):
         except Exception as error:  # what a broken pickle raises has no other class in common
             fault = str(error) or repr(error)
         if fault:
-            raise StorageError(f"{directory / METADATA} is not that of a checkpoint, and was not read: {fault}")
+            raise DamagedError(f"{directory / METADATA} is not that of a checkpoint, and was not read: {fault}")
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         return self.metadata

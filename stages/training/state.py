@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import shutil
 import time
 import warnings
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 
 from cluster import manifest
 from cluster.manifest import Manifest
-from cluster.storage import FileEntry, Storage, StorageError
+from cluster.storage import DamagedError, FileEntry, Storage, StorageError
 from corpus.tokenizers import Tokenizer
 from models.build import build
 from models.hf import save_pretrained
@@ -118,12 +119,14 @@ def _step(path: str) -> int:
     return int(name) if name.isdecimal() else -1
 
 
+def scratch_bytes(model: LanguageModel, world: World) -> int:
+    """What a rank writes to disk at a time: its part of weights and two moments, and on the first rank the artifact."""
+    weights = 4 * model.spec.parameters
+    return 3 * weights // world.size + (weights if world.rank == 0 else 0)
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
-
-
-class Damaged(StorageError):
-    """A checkpoint is not what was saved."""
 
 
 Fault = tuple[bool, str]  # whether something is damaged, which a failure to read does not prove; and what is wrong
@@ -135,16 +138,15 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Fault | None]:
     try:
         return function(), None
     except (StorageError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, StorageError) else error
-        unread = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
-        return None, (not unread, str(error).partition(" Make it again")[0])  # an artifact would have to be
+        damaged = isinstance(error, DamagedError | FileNotFoundError)
+        return None, (damaged, str(error).partition(" Make it again")[0])  # an artifact would have to be
 
 
 def _whole(place: Storage) -> Manifest:
     """The manifest of a checkpoint that has all its files, at their sizes."""
     saved = manifest.read(place)
     if saved is None:
-        raise StorageError(f"{place.uri} has no {manifest.MANIFEST}")
+        raise DamagedError(f"{place.uri} has no {manifest.MANIFEST}")
     manifest.verify(place, saved)
     return saved
 
@@ -153,7 +155,7 @@ def _bring(place: Storage, saved: Manifest, state: dict[str, Any], wanted: Calla
     """Has the files here that loading `state` reads, and those `wanted`, each hash checked; a reader of them."""
     root, entries = manifest.local_root(place, saved.fingerprint), {f.path: f for f in saved.files}
     if METADATA not in entries:
-        raise StorageError(f"{place.uri}/{manifest.MANIFEST} lists no {METADATA}")
+        raise DamagedError(f"{place.uri}/{manifest.MANIFEST} lists no {METADATA}")
     manifest.fetch_file(place, entries[METADATA], root)
     reader, planner = CheckpointReader(root, saved), DefaultLoadPlanner()
     planner.set_up_planner(state, reader.metadata)
@@ -194,7 +196,7 @@ class Checkpoints:
         while steps and not found:
             try:
                 found = self._open(steps[-1], state, lambda path: path.startswith((STAGE_STATE, *metrics)))
-            except Damaged as error:
+            except DamagedError as error:
                 step = steps.pop()
                 then = f"training goes on from step {steps[-1]}" if steps else "training begins again at step 0"
                 self.reporter.note(f"checkpoint {step} is passed over, {then}: {error}")
@@ -218,6 +220,9 @@ class Checkpoints:
         if progress.best_step not in steps:
             progress.best_step, progress.best = -1, math.inf
         self.best_step = progress.best_step
+        self.world.barrier()
+        if storage.local_path is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            shutil.rmtree(directory, ignore_errors=True)  # fetched to be read once, and as large as the whole state
         return progress
 
     def restore_weights(self, step: int, model: nn.Module) -> None:
@@ -231,20 +236,18 @@ class Checkpoints:
     ) -> tuple[Manifest, CheckpointReader]:
         """Manifest and reader of a checkpoint, of which every rank has what it reads: `state`, and the files `wanted`.
 
-        Raises Damaged on all ranks where one of them found it so twice, as storage may give a wrong byte once, and
-        StorageError on all where one could not read.
+        Raises DamagedError on all ranks where one found it so, and StorageError on all where one could not read.
         """
         place = self.context.storage.at(manifest.checkpoint_path(step))
-        for _ in range(2):
-            saved, fault = self.world.first(_attempt(lambda: _whole(place)) if self.world.rank == 0 else (None, None))
-            if fault is None:
-                reader, mine = _attempt(functools.partial(_bring, place, saved, state, wanted))
-                faults = [fault for fault in self.world.everyone(mine) if fault]
-                if reader is not None and not faults:
-                    return saved, reader
-                fault = min(faults)  # a failure to read before damage
+        saved, fault = self.world.first(_attempt(lambda: _whole(place)) if self.world.rank == 0 else (None, None))
+        if fault is None:
+            reader, mine = _attempt(functools.partial(_bring, place, saved, state, wanted))
+            faults = [fault for fault in self.world.everyone(mine) if fault]
+            if reader is not None and not faults:
+                return saved, reader
+            fault = min(faults)  # a failure to read before damage
         damaged, text = fault
-        raise Damaged(text) if damaged else StorageError(f"{text}. Run the same command again once it can be read")
+        raise DamagedError(text) if damaged else StorageError(text)
 
     def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer, stage_state: Any = None) -> None:
         """Starts saving the present state, and with it `stage_state` as JSON; training may go on at once. Waits for the
