@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from runs import fathom, one_clear_message
 from test_artifacts import finish
 
 from cluster import manifest as manifests
+from pipeline import cli
 from pipeline.artifacts import RunStore
 from pipeline.config import Config, ConfigError, identity_of, load_config, select, stage_names
 from pipeline.dag import StageError, plan, reuse, upstream_digests
@@ -37,6 +39,65 @@ def actions(store: RunStore, config: Config, force: tuple[str, ...] = (), **chos
 
 def changed(config: Config, setting: str) -> Config:
     return load_config("demo", {"storage": config.storage, "name": config.name}, [setting])
+
+
+def contents(store: RunStore) -> dict[str, bytes]:
+    """Every file of the run, save what only informs."""
+    root = Path(store.storage.uri)
+    informing = ("config.json", "claim.json", ".fathom-run", "traceback.txt")
+    return {
+        str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name not in informing
+    }
+
+
+# Before Ray starts; what is given beside --force, and a word of the message.
+REFUSED = {
+    "no such stage": (["--force", "bass"], "no such stage"),
+    "a stage that is not asked for": (["--force", "rl", "--only", "base"], "not among the stages asked for"),
+    "another stage has drifted": (["--force", "mid", "--set", "base.matrix_lr=0.5"], "base: base.matrix_lr"),
+    "a wrong setting": (["--force", "base", "--set", "base.total_batch_size=1000"], "total_batch_size"),
+    "no environment file": (["--force", "rl", "--set", "rl.environment=/nowhere.py"], "/nowhere.py"),
+    "no room": (["--force", "base", "--set", "model.width=1048576"], "GB free"),
+    "no cluster": (["--force", "base"], "no connection to the Ray cluster"),
+}
+
+
+@pytest.mark.parametrize("cause", REFUSED)
+def test_a_refused_force_changes_nothing(
+    store: RunStore, config: Config, cause: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    before, (arguments, said) = contents(store), REFUSED[cause]
+    assert cli.main(["run", "--preset", "demo", "--name", "r", "--storage", config.storage, *arguments]) == 1
+    assert said in capsys.readouterr().err
+    assert contents(store) == before
+
+
+def test_a_force_of_a_run_that_is_held_changes_nothing(store: RunStore, config: Config) -> None:
+    before = contents(store)
+    arguments = ["run", "--preset", "demo", "--name", "r", "--storage", config.storage, "--force", "base"]
+    with store.claim():
+        assert cli.main(arguments) == 1
+    assert contents(store) == before
+
+
+ASKING = [part for stage in ("evaluate_mid", "evaluate_sft", "rl", "evaluate_rl") for part in ("--force", stage)]
+# With Ray; where the stage itself begins and fails, too.
+FAILING = {
+    "too many workers": (["--force", "base", "--workers", "16"], "--workers 16"),
+    "an environment that does not work": ([*ASKING, "--set", "rl.environment={own}"], "own.py, line 1"),
+    "a corpus that is not there": (["--force", "tokenizer", "--only", "tokenizer", "--corpus", "/nowhere"], "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("cause", FAILING)
+def test_a_failing_force_changes_nothing(store: RunStore, config: Config, tmp_path: Path, cause: str) -> None:
+    (tmp_path / "own.py").write_text("raise RuntimeError('broken')\n")
+    before, (arguments, said) = contents(store), FAILING[cause]
+    arguments = [part.format(own=tmp_path / "own.py") for part in arguments]
+    result = fathom("run", "--preset", "demo", "--name", "r", "--storage", config.storage, *arguments, seconds=120)
+    one_clear_message(result, said)
+    assert contents(store) == before
 
 
 def leave_half_done(store: RunStore, config: Config, stage: str) -> None:
