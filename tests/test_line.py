@@ -103,7 +103,7 @@ def test_what_was_asked_and_answered_is_kept(line: Run) -> None:
 def test_nothing_is_left_behind(line: Run) -> None:
     assert line.result is not None
     assert line.result.left_behind == []
-    assert sorted(path.name for path in line.path.iterdir()) == sorted([*STAGES, "config.json"])
+    assert sorted(path.name for path in line.path.iterdir()) == sorted([*STAGES, ".fathom-run", "config.json"])
     for stage in STAGES:
         listed = {entry["path"] for entry in json.loads((line.path / stage / "manifest.json").read_text())["files"]}
         there = {str(p.relative_to(line.path / stage)) for p in (line.path / stage).rglob("*") if p.is_file()}
