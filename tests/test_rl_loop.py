@@ -91,7 +91,7 @@ class Here:
         self.started: list[tuple[int, int]] = []  # version and number of prompts of each rollout
         self.under_way: list[Rollout] = []
 
-    def sync(self, state: Mapping[str, Tensor], version: int, check: bool = True) -> float:
+    def sync(self, state: Mapping[str, Tensor], version: int, check: bool = True, lasting: bool = False) -> float:
         assert not self.under_way, "weights move under a rollout"
         load_hf_state(self.model, {name: weight.clone() for name, weight in state.items()})
         self.version = version
@@ -264,7 +264,7 @@ def test_without_a_signal_the_run_stops_before_the_first_step(tmp_path: Path) ->
 class Stale(Here):
     """Says that it has the new weights and keeps the first."""
 
-    def sync(self, state: Mapping[str, Tensor], version: int, check: bool = True) -> float:
+    def sync(self, state: Mapping[str, Tensor], version: int, check: bool = True, lasting: bool = False) -> float:
         if self.version < 0:
             super().sync(state, version)
         self.version = version
@@ -274,7 +274,7 @@ class Stale(Here):
 class Forgetful(Here):
     """Loses a sync altogether."""
 
-    def sync(self, state: Mapping[str, Tensor], version: int, check: bool = True) -> float:
+    def sync(self, state: Mapping[str, Tensor], version: int, check: bool = True, lasting: bool = False) -> float:
         return 0.0 if version == 2 else super().sync(state, version)
 
 
