@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from pipeline import cli, doctor
+from pipeline.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,13 +92,17 @@ def test_a_users_error_is_one_line_unless_debugging(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(argv: list[str]) -> int:
-        raise ValueError("total_batch_size 7 does not divide")
+        raise error
 
     monkeypatch.setattr(doctor, "main", broken)
-    with pytest.raises(ValueError, match="does not divide"):
+    error: ValueError = ConfigError("total_batch_size 7 does not divide")
+    with pytest.raises(ConfigError, match="does not divide"):
         cli.main(["doctor", "--debug"])
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err == "fathom doctor: total_batch_size 7 does not divide\n"
+    error = ValueError("cannot reshape array of size 7")  # not raised by Fathom's own code
+    with pytest.raises(ValueError, match="cannot reshape"):
+        cli.main(["doctor"])
 
 
 def test_connects_locally_forwards_credentials_and_counts_devices() -> None:
