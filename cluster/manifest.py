@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, field
 from datetime import UTC, datetime
@@ -24,14 +25,12 @@ from pydantic.dataclasses import dataclass
 
 from cluster.scratch import cache_folder
 from cluster.storage import (
-    AGREEING,
     CHUNK,
-    READ_TRIES,
     DamagedError,
     FileEntry,
     Storage,
     StorageError,
-    UnreachableError,
+    agreed,
     checksum,
     hash_stream,
 )
@@ -148,19 +147,17 @@ def _recover(manifest: Manifest) -> str:
 
 def verify(storage: Storage, manifest: Manifest) -> None:
     """Compare every file's size with the manifest; raises DamagedError listing each that is missing or differs."""
-    seen: list[list[str]] = []
-    while True:
+
+    def wrong() -> list[str]:
         there = storage.list()
-        wrong = [
+        return [
             f"{f.path} is missing" if f.path not in there else f"{f.path} has {there[f.path]} bytes instead of {f.size}"
             for f in manifest.files
             if there.get(f.path) != f.size
         ]
-        if not wrong:
-            return
-        seen.append(wrong)
-        if seen.count(wrong) == AGREEING:
-            raise DamagedError(f"{storage.uri} is damaged or truncated: {'; '.join(wrong)}. {_recover(manifest)}")
+
+    if found := agreed(wrong, lambda found: not found, f"the list of {storage.uri}"):
+        raise DamagedError(f"{storage.uri} is damaged or truncated: {'; '.join(found)}. {_recover(manifest)}")
 
 
 def fetch(storage: Storage, prefix: str = "", cache: Path | None = None) -> Path:
@@ -214,36 +211,31 @@ def _bring(storage: Storage, entry: FileEntry, root: Path) -> str | None:
 
 
 def _check(entry: FileEntry, path: Path) -> str | None:
-    """What is wrong with a local file; None when its SHA-256 is right. A fault counts when readings agree on it."""
-    seen: list[tuple[int, str]] = []
-    for _ in range(READ_TRIES):
-        try:
-            with path.open("rb") as stream:
-                found = hash_stream(stream)
-        except FileNotFoundError:
-            return f"{entry.path} is missing"
-        if found == (entry.size, entry.sha256):
-            return None
-        seen.append(found)
-        if seen.count(found) == AGREEING:
-            return _differs(entry, found)
-    raise UnreachableError(_unsteady(str(path)))
+    """What is wrong with a local file; None when its SHA-256 is right."""
+
+    def read() -> tuple[int, str]:
+        with path.open("rb") as stream:
+            return hash_stream(stream)
+
+    return compare(entry, read, str(path))
 
 
-def _differs(entry: FileEntry, found: tuple[int, str]) -> str:
-    size, digest = found
-    return f"{entry.path} has {size} bytes, SHA-256 {digest[:12]} instead of {entry.size}, {entry.sha256[:12]}"
-
-
-def _unsteady(path: str) -> str:
-    return (
-        f"{path} reads differently in each of {READ_TRIES} tries: check the network and the storage, then run the "
-        "same command again"
-    )
+def compare(entry: FileEntry, read: Callable[[], tuple[int, str]], where: str) -> str | None:
+    """What is wrong with a file, whose size and SHA-256 `read` gives; None when they are right."""
+    right = entry.size, entry.sha256
+    try:
+        size, digest = agreed(read, lambda found: found == right, where)
+    except FileNotFoundError:
+        return f"{entry.path} is missing"
+    if (size, digest) == right:
+        return None
+    if size != entry.size:
+        return f"{entry.path} has {size:,} bytes instead of {entry.size:,}"
+    return f"{entry.path} has SHA-256 {digest[:12]} instead of {entry.sha256[:12]}"
 
 
 def _download(storage: Storage, entry: FileEntry, path: Path) -> str | None:
-    """Has a remote file at `path`; what is wrong with it in the storage, where downloads agree on it."""
+    """Has a remote file at `path`; what is wrong with it in the storage, None when its SHA-256 is right."""
     if path.exists() and _check(entry, path) is None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,19 +250,11 @@ def _download(storage: Storage, entry: FileEntry, path: Path) -> str | None:
                 size += len(chunk)
         return size, digest.hexdigest()
 
-    seen: list[tuple[int, str]] = []
     try:
-        for _ in range(READ_TRIES):
-            found = storage.reading(entry.path, copy)
-            if found == (entry.size, entry.sha256):
-                os.replace(temporary, path)
-                return None
-            seen.append(found)
-            if seen.count(found) == AGREEING:
-                return _differs(entry, found)
-        raise UnreachableError(_unsteady(f"{storage.uri}/{entry.path}"))
-    except FileNotFoundError:
-        return f"{entry.path} is missing"
+        fault = compare(entry, lambda: storage.reading(entry.path, copy), f"{storage.uri}/{entry.path}")
+        if fault is None:
+            os.replace(temporary, path)
+        return fault
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -119,6 +119,21 @@ def hash_stream(stream: Any) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
+def agreed(read: Callable[[], Value], right: Callable[[Value], bool], where: str) -> Value:
+    """The first reading that is `right`, else the wrong one that AGREEING readings agree on. Raises UnreachableError,
+    which says `where`, when they all differ."""
+    seen: list[Value] = []
+    for _ in range(READ_TRIES):
+        found = read()
+        seen.append(found)
+        if right(found) or seen.count(found) == AGREEING:
+            return found
+    raise UnreachableError(
+        f"{where} reads differently in {READ_TRIES} tries: check the network and the storage, then run the same "
+        "command again"
+    )
+
+
 def checksum(value: Any) -> str:
     """SHA-256 over a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -146,8 +161,8 @@ class Storage:
     """Raises FileNotFoundError for what is absent, UnreachableError for reads that failed in every try, OSError on
     writes, and StorageError where stated.
 
-    `of_run` gives the storage of a run that has begun. Below it nothing is written, or removed, where the run's marker
-    is not there (StorageError), or where another process has claimed the run (FencedError).
+    `of_run` gives the storage of a run that `mark` has begun. Below it nothing is written, or removed, where the run's
+    marker is not there (StorageError), or where another process has claimed the run (FencedError).
     """
 
     uri: str
@@ -168,11 +183,13 @@ class Storage:
         below = "/".join([base.rstrip("/"), *(p.strip("/") for p in parts if p)])
         return dataclasses.replace(self, uri=below + mark + query)
 
+    def mark(self) -> None:
+        """Makes the marker of a run here; once, where the run begins."""
+        if not self.exists(MARKER):
+            self.write_bytes(MARKER, b"")
+
     def of_run(self, token: str) -> Storage:
-        """This root as that of a run, held by the claim with `token`; marks it where that was not done before."""
-        unbound = dataclasses.replace(self, run="", token="")
-        if not unbound.exists(MARKER):
-            unbound.write_bytes(MARKER, b"")
+        """This root as that of a run, held by the claim with `token`."""
         return dataclasses.replace(self, run=self.uri, token=token)
 
     @property
@@ -286,26 +303,22 @@ class Storage:
 
     def read_json(self, path: str) -> Any:
         """What `write_json` wrote. A fault of one read is read again; DamagedError for what is stored so."""
-        seen: list[bytes] = []
-        while True:
-            data = self.read_bytes(path)
+
+        def parsed(data: bytes) -> tuple[Any, str]:
             try:
                 value = json.loads(data)
-                if not isinstance(value, dict) or CHECKSUM not in value:  # of a version that wrote none
-                    return value
-                if value.pop(CHECKSUM) == checksum(value):
-                    return value
-                fault = "its content does not agree with the hash within it"
             except (ValueError, RecursionError) as error:
-                fault = f"it is not valid JSON: {error}"
-            seen.append(data)
-            if seen.count(data) == AGREEING:
-                raise DamagedError(f"{self.uri}/{path} is damaged: {fault}")
-            if len(seen) == READ_TRIES:
-                raise UnreachableError(
-                    f"{self.uri}/{path} reads differently in each of {READ_TRIES} tries: check the network and the "
-                    "storage, then run the same command again"
-                )
+                return None, f"it is not valid JSON: {error}"
+            # files of a version that wrote no hash are taken as they are
+            if isinstance(value, dict) and CHECKSUM in value and value.pop(CHECKSUM) != checksum(value):
+                return None, "its content does not agree with the hash within it"
+            return value, ""
+
+        data = agreed(lambda: self.read_bytes(path), lambda data: not parsed(data)[1], f"{self.uri}/{path}")
+        value, fault = parsed(data)
+        if fault:
+            raise DamagedError(f"{self.uri}/{path} is damaged: {fault}")
+        return value
 
     def write_json(self, path: str, value: dict[str, Any]) -> None:
         """An object with string keys, and beside them a hash of it under `sha256`."""

@@ -7,6 +7,7 @@ One of these that cannot be read is as good as absent.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import getpass
 import logging
@@ -220,7 +221,9 @@ class RunStore:
         if winner is not None and winner.token != claim.token:
             raise RunHeldError(_held(self.run, winner))
         unclaimed = self.storage
+        unclaimed.mark()
         self.storage, self._claim = unclaimed.of_run(claim.token), claim
+        claim.storage = self.storage
         beating = threading.Thread(target=claim.beat_on, daemon=True, name="claim")
         beating.start()
         try:
@@ -228,9 +231,9 @@ class RunStore:
         finally:
             claim.stop.set()
             beating.join()
-            self.storage, self._claim = unclaimed, None
-            if claim.lost is None:
+            with contextlib.suppress(StorageError):  # taken over, or gone: then there is no claim of ours
                 self.storage.delete(CLAIM)
+            self.storage, self._claim = unclaimed, None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -213,7 +214,8 @@ def _finished(store: RunStore, stage: str) -> Manifest:
     state = store.state(stage)
     known = [state.state] if state.state in ("running", "failed") else ["not running"]
     if storage.exists(PLAN):
-        known.append(f"{len(storage.list(NOTES))} of {storage.read_json(PLAN)['shards']} shards done")
+        with contextlib.suppress(StorageError, TypeError, KeyError):  # it only informs here
+            known.append(f"{len(storage.list(NOTES))} of {storage.read_json(PLAN)['shards']} shards done")
     advice = "wait for it" if state.state == "running" else f"go on with it: fathom run --name {store.run}"
     error = f". It said: {state.error}" if state.error else ""
     raise FileNotFoundError(f"{stage} of run {store.run} is not finished ({', '.join(known)}); {advice}{error}")
@@ -367,20 +369,16 @@ def _verify_stage(storage: Storage, manifest: Manifest, console: Console) -> int
         task = progress.add_task(manifest.stage, total=total)
 
         def fault(entry: FileEntry) -> str | None:
-            try:
+            def read() -> tuple[int, str]:
                 with storage.open_read(entry.path) as stream:
-                    size, digest = hash_stream(progress.wrap_file(stream, total=total, task_id=task))
-            except FileNotFoundError:
-                return "is missing"
-            if size != entry.size:
-                return f"has {size:,} bytes instead of {entry.size:,}"
-            same = digest == entry.sha256
-            return None if same else f"has SHA-256 {digest[:12]} instead of {entry.sha256[:12]}"
+                    return hash_stream(progress.wrap_file(stream, total=total, task_id=task))
 
-        for entry, found in zip(manifest.files, pool.map(fault, manifest.files), strict=True):
-            if found:
-                faults += 1
-                say(console, f"{manifest.stage}/{entry.path} {found}")
+            where = f"{storage.uri}/{entry.path}"
+            return manifests.compare(entry, lambda: storage.reading(entry.path, read), where)
+
+        for found in filter(None, pool.map(fault, manifest.files)):
+            faults += 1
+            say(console, f"{manifest.stage}/{found}")
     return faults
 
 

@@ -128,10 +128,18 @@ def _same_sources(context: StageContext, sources: str | None) -> None:
     known = context.storage.exists(SOURCES)
     if not known and any(digest.startswith(GROWING) for digest in context.upstream_digests.values()):
         context.storage.write_json(SOURCES, {"sources": sources})
-    elif known and context.storage.read_json(SOURCES) not in ({"sources": sources}, sources):
+    elif known and _known_sources(context.storage) not in ({"sources": sources}, sources):
         raise RuntimeError(
             f"the corpus's files are not those that {context.stage} has trained on: --force {context.stage} begins anew"
         )
+
+
+def _known_sources(stage: Storage) -> Any:
+    """What `_same_sources` kept; None where that is damaged, which is like no sources."""
+    try:
+        return stage.read_json(SOURCES)
+    except DamagedError:
+        return None
 
 
 def wait_until_made(context: StageContext) -> None:

@@ -129,7 +129,7 @@ def test_fetch_checks_every_hash(tmp_path: Path) -> None:
     assert (manifests.fetch(storage, "base") / "0").read_bytes() == b"a" * 10
     (tmp_path / "run/base/mid/0").write_bytes(b"c" * 10)
     assert manifests.fetch(storage, "base")
-    with pytest.raises(StorageError, match=r"mid/0 has 10 bytes, SHA-256 .* instead of .*--force base"):
+    with pytest.raises(StorageError, match=r"mid/0 has SHA-256 .* instead of .*--force base"):
         manifests.fetch(storage)
     with pytest.raises(StorageError, match="no files in rl"):
         manifests.fetch(storage, "rl")
@@ -155,7 +155,7 @@ def test_fetch_downloads_what_is_missing_or_wrong_and_keeps_the_rest(tmp_path: P
     assert manifests.fetch(remote, "base", cache) == at
     assert (at / "1").read_bytes() == b"b" * 10 and (at / "0").stat().st_mtime_ns == kept
     (tmp_path / "run/base/mid/0").write_bytes(b"d")
-    with pytest.raises(StorageError, match="mid/0 has 1 bytes"):
+    with pytest.raises(StorageError, match="mid/0 has SHA-256"):
         manifests.fetch(remote, "mid", cache)
     assert not list(cache.rglob(".tmp-*"))
 
@@ -276,7 +276,7 @@ def test_reads_that_always_fail_give_no_advice_to_make_again_what_is_whole(
 def test_what_is_damaged_says_so_after_reads_that_agree(unsteady: Unsteady, tmp_path: Path) -> None:
     (Path(unsteady.uri) / "weights").write_bytes(b"v" * 100)
     unsteady.faults[:] = ["", "error", "flip"]
-    with pytest.raises(DamagedError, match=r"weights has 100 bytes.*--force base"):
+    with pytest.raises(DamagedError, match=r"weights has SHA-256.*--force base"):
         manifests.fetch(unsteady, "", tmp_path / "cache")
 
 
@@ -291,6 +291,7 @@ def test_a_flipped_byte_in_json_that_no_manifest_lists_is_noticed(tmp_path: Path
 
 
 def test_storage_that_vanished_is_not_made_again(tmp_path: Path) -> None:
+    Storage(tmp_path / "mounted/runs/r").mark()
     storage = Storage(tmp_path / "mounted/runs/r").of_run("token")
     storage.at("base").write_bytes("a", b"1")
     (tmp_path / "mounted").rename(tmp_path / "elsewhere")
@@ -303,6 +304,7 @@ def test_storage_that_vanished_is_not_made_again(tmp_path: Path) -> None:
 
 
 def test_who_lost_the_claim_writes_no_more(tmp_path: Path) -> None:
+    Storage(tmp_path / "r").mark()
     mine, other = (Storage(tmp_path / "r").of_run(token) for token in ("mine", "other"))
     Storage(tmp_path / "r").write_json("claim.json", {"token": "mine"})
     mine.at("base").write_bytes("a", b"mine")
