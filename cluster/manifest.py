@@ -6,6 +6,7 @@ was made from. Names place artifacts; the fingerprint only tells that an identit
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -18,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from cluster.scratch import cache_folder
@@ -32,10 +33,9 @@ from cluster.storage import (
     StorageError,
     agreed,
     checksum,
-    hash_stream,
 )
+from cluster.storage import MANIFEST as MANIFEST
 
-MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 REPORT = "report.html"  # its curves
 CHECKPOINTS = "checkpoints"
@@ -65,7 +65,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     created: str = field(default_factory=_now)
 
     @model_validator(mode="after")
@@ -195,7 +195,8 @@ def fetch_file(storage: Storage, entry: FileEntry, root: Path) -> Path:
     """One file below `root`, which `local_root` gave, its SHA-256 checked; downloaded once by the processes of a
     machine together. Raises StorageError where it is missing or damaged."""
     if fault := _bring(storage, entry, root):
-        raise DamagedError(f"{storage.uri} is damaged: {fault}. Make it again with --force")
+        stage = storage.uri.partition("?")[0].rpartition("/")[2]
+        raise DamagedError(f"{storage.uri} is damaged: {fault}. Make it again with --force {stage}")
     return root / entry.path
 
 
@@ -212,12 +213,8 @@ def _bring(storage: Storage, entry: FileEntry, root: Path) -> str | None:
 
 def _check(entry: FileEntry, path: Path) -> str | None:
     """What is wrong with a local file; None when its SHA-256 is right."""
-
-    def read() -> tuple[int, str]:
-        with path.open("rb") as stream:
-            return hash_stream(stream)
-
-    return compare(entry, read, str(path))
+    folder = Storage(path.parent)
+    return compare(entry, lambda: folder.hash(path.name), str(path))
 
 
 def compare(entry: FileEntry, read: Callable[[], tuple[int, str]], where: str) -> str | None:
@@ -255,6 +252,13 @@ def _download(storage: Storage, entry: FileEntry, path: Path) -> str | None:
         if fault is None:
             os.replace(temporary, path)
         return fault
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise StorageError(
+            f"the disk of {path.parent} is full, where {entry.size / 1e9:.1f} GB of {storage.uri}/{entry.path} were to "
+            "be kept: make room, or let FATHOM_CACHE_GB bound the cache to fewer gigabytes"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -50,8 +50,9 @@ def scratch(name: str, needed: int = 0) -> Iterator[Path]:
         files.mkdir()
         try:
             yield files
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, StorageError) or shutil.disk_usage(place).free >= FULL_BYTES:
+        except BaseException as error:  # DCP's is no Exception
+            ended = isinstance(error, StorageError | KeyboardInterrupt | SystemExit | GeneratorExit)
+            if ended or shutil.disk_usage(place).free >= FULL_BYTES:
                 raise
             needs = f" and needs {needed / 1e9:.1f}" if needed else ""
             raise StorageError(
@@ -68,10 +69,18 @@ def sweep() -> None:
         with contextlib.suppress(OSError):  # another process may sweep as well
             if time.time() - lock.stat().st_mtime > YOUNG_SECONDS and _unowned(lock):
                 shutil.rmtree(folder, ignore_errors=True)
-    kept = [(folder.stat().st_mtime, _size(folder), folder) for folder in cache_folder().glob("*/*") if folder.is_dir()]
+    given = os.environ.get("FATHOM_CACHE_GB", str(CACHE_GB))
+    try:
+        most = 1e9 * float(given)
+    except ValueError:
+        raise StorageError(f"FATHOM_CACHE_GB={given!r} must be a number of gigabytes, such as 50") from None
+    kept = []
+    for folder in cache_folder().glob("*/*"):
+        with contextlib.suppress(OSError):
+            kept.append((folder.stat().st_mtime, _size(folder), folder))
     total = sum(size for _, size, _ in kept)
     for used, size, folder in sorted(kept, key=lambda entry: entry[0]):
-        if total <= 1e9 * float(os.environ.get("FATHOM_CACHE_GB", CACHE_GB)) or time.time() - used < IN_USE_SECONDS:
+        if total <= most or time.time() - used < IN_USE_SECONDS:
             return
         shutil.rmtree(folder, ignore_errors=True)
         total -= size

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -37,9 +39,10 @@ READ_TRIES = 6
 AGREEING = 3  # readings that give the same wrong content, before that counts as what is stored
 PAUSE_SECONDS = 0.2  # before the second try, and longer before each one after it
 TEMPORARY = ".tmp-"
+MANIFEST = "manifest.json"  # what makes a folder an artifact, see cluster.manifest
 CHECKSUM = "sha256"  # the key of a JSON file that holds the SHA-256 of the others
-MARKER = ".fathom-run"  # made once, when a run begins; without it storage is not what it was, such as unmounted
-CLAIM = "claim.json"  # who holds a run
+# Who may write below a run, named where a process claims it. Without it storage is not what it was, such as unmounted.
+MARKER = ".fathom-run"
 # `user:password@` within a URI, as opposed to `host:port/...@`, or a secret among its options
 CREDENTIALS = re.compile(
     r"""(\w[\w.+-]*://)(?:[^\s/?#@"']*:(?!\d+[/?#&])[^\s@"']*@|\S*[?&][\w-]*(?:secret|token|password|access_key)[\w-]*=)""",
@@ -183,13 +186,13 @@ class Storage:
         below = "/".join([base.rstrip("/"), *(p.strip("/") for p in parts if p)])
         return dataclasses.replace(self, uri=below + mark + query)
 
-    def mark(self) -> None:
-        """Makes the marker of a run here; once, where the run begins."""
-        if not self.exists(MARKER):
-            self.write_bytes(MARKER, b"")
+    def mark(self, token: str) -> Storage:
+        """Lets only those write here, as in the folder of a run, who have `token`; returns such a one."""
+        dataclasses.replace(self, run="", token="").write_json(MARKER, {"token": token})
+        return self.of_run(token)
 
     def of_run(self, token: str) -> Storage:
-        """This root as that of a run, held by the claim with `token`."""
+        """This root as that of a run that was marked with `token`."""
         return dataclasses.replace(self, run=self.uri, token=token)
 
     @property
@@ -213,6 +216,8 @@ class Storage:
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
                 raise
             except (OSError, pa.ArrowException) as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:  # of where it is read to
+                    raise
                 last = error
             time.sleep(PAUSE_SECONDS * attempt)
         raise UnreachableError(
@@ -237,6 +242,8 @@ class Storage:
     def open_read(self, path: str) -> Any:
         """A binary stream, read from front to back, in one try."""
         filesystem, full = self._at(path)
+        if self.local_path is not None and not stat.S_ISREG(os.stat(full).st_mode):
+            raise DamagedError(f"{full} is no regular file")  # a pipe would be waited for
         return filesystem.open_input_stream(full)
 
     def hash(self, path: str) -> tuple[int, str]:
@@ -252,18 +259,14 @@ class Storage:
         """Raises StorageError where this must not write: the run's folder is gone, or another process holds the run."""
         if not self.run:
             return
-        root = Storage(self.run)
-        if root.local_path is not None and not (root.local_path / MARKER).exists():
+        try:
+            marker = Storage(self.run).read_json(MARKER)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise StorageError(
                 f"{self.run} is not what it was when the run began: its file {MARKER} is gone. Is a file system no "
                 "longer mounted there, or is this machine without it? Mount it again, then run the same command again"
-            )
-        try:
-            holder = root.read_json(CLAIM)
-        except (FileNotFoundError, StorageError):  # a claim that cannot be read is nobody's; the holder writes it anew
-            return
-        other = holder.get("token") if isinstance(holder, dict) else None
-        if other is not None and other != self.token:
+            ) from error
+        if marker != {"token": self.token}:
             raise FencedError(f"another process has taken over the run {self.run}: this one stops, and writes no more")
 
     @contextmanager
@@ -276,8 +279,9 @@ class Storage:
             try:
                 yield stream
             except BaseException:  # Arrow cannot abort: closed, the stream leaves what it has under the name
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, StorageError):
                     stream.close()
+                    self.check_held()  # else it is another's by now
                     filesystem.delete_file(full)
                 raise
             stream.close()
@@ -350,7 +354,8 @@ class Storage:
         sync_folder(Path(full).parent)
 
     def move(self, path: str, target: str) -> None:
-        """Moves a tree to where nothing is. In an object store its files are copied there one by one."""
+        """Moves an artifact to where nothing is. In an object store its files are copied and read back, its manifest
+        last, and only then removed, the manifest first: at any moment one of the two is whole."""
         filesystem, full = self._at(path)
         self.check_held()
         if self.local_path is not None:
@@ -360,8 +365,14 @@ class Storage:
             sync_folder(there.parent)
             sync_folder(Path(full).parent)
             return
-        for name in self.list(path):
-            filesystem.copy_file(f"{full}/{name}", self._at(f"{target}/{name}")[1])
+        names = sorted(self.list(path), key=lambda name: name == MANIFEST)
+        for name in names:  # read and written, as a copy within the store has a limit of 5 GB
+            with self.open_read(f"{path}/{name}") as source, self.open_write(f"{target}/{name}") as copy:
+                shutil.copyfileobj(source, copy, CHUNK)
+            if self.hash(f"{target}/{name}") != self.hash(f"{path}/{name}"):
+                raise UnreachableError(f"{self.uri}/{path}/{name} could not be copied: run the same command again")
+        if MANIFEST in names:
+            self.delete(f"{path}/{MANIFEST}")
         filesystem.delete_dir(full)
 
     def upload(self, local: Path, path: str) -> FileEntry:

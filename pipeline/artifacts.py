@@ -27,11 +27,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import manifest as manifests
 from cluster.manifest import Manifest, informing
-from cluster.storage import CLAIM, Storage, StorageError
+from cluster.storage import DamagedError, FencedError, Storage, StorageError
 from pipeline.config import Config, identity_of
 from stages.context import PROGRESS, TRACEBACK, Progress, settled
+from stages.growing import NOTES
 
-CONFIG = "config.json"
+CONFIG, CLAIM = "config.json", "claim.json"
 SET_ASIDE = ".set-aside"  # artifacts that --force replaces, until their successors are there
 BEAT_SECONDS = 2.0
 CONFIRM_SECONDS = 0.5
@@ -95,7 +96,11 @@ class RunStore:
 
     def set_aside(self, name: str) -> None:
         """Keeps the finished artifact of a stage that is made again, and removes what else the stage has."""
-        if manifests.read(self.stage(name)) is None:
+        try:
+            made = manifests.read(self.stage(name))
+        except DamagedError:
+            made = None
+        if made is None:
             self.remove(name)
             return
         self.storage.delete(f"{SET_ASIDE}/{name}")
@@ -103,12 +108,17 @@ class RunStore:
 
     def settle(self) -> list[str]:
         """Ends what `set_aside` began: where the successor is there, its predecessor goes; where not even a checkpoint
-        of one is, the predecessor comes back. Returns the stages that came back."""
+        of one is, nor a shard, the predecessor comes back. Returns the stages that came back."""
         back = []
         for name in {path.split("/")[0] for path in self.storage.list(SET_ASIDE)}:
             stage = self.stage(name)
-            if manifests.read(stage) is None:
-                if manifests.checkpoints(stage):
+            try:
+                made = manifests.read(stage)
+            except DamagedError as error:
+                log.warning("the artifact from before --force stays in %s: %s", SET_ASIDE, error)
+                continue
+            if made is None:
+                if manifests.checkpoints(stage) or stage.list(NOTES):
                     continue
                 trace = stage.read_bytes(TRACEBACK) if stage.exists(TRACEBACK) else None
                 self.storage.delete(name)
@@ -221,8 +231,7 @@ class RunStore:
         if winner is not None and winner.token != claim.token:
             raise RunHeldError(_held(self.run, winner))
         unclaimed = self.storage
-        unclaimed.mark()
-        self.storage, self._claim = unclaimed.of_run(claim.token), claim
+        self.storage, self._claim = unclaimed.mark(claim.token), claim
         claim.storage = self.storage
         beating = threading.Thread(target=claim.beat_on, daemon=True, name="claim")
         beating.start()
@@ -232,7 +241,8 @@ class RunStore:
             claim.stop.set()
             beating.join()
             with contextlib.suppress(StorageError):  # taken over, or gone: then there is no claim of ours
-                self.storage.delete(CLAIM)
+                if claim.lost is None:
+                    self.storage.delete(CLAIM)
             self.storage, self._claim = unclaimed, None
 
     @contextmanager
@@ -274,6 +284,9 @@ class Claim:
                     self.lost = _held(self.run, holder)
                     return
                 self.write()
+            except FencedError as error:
+                self.lost = str(error)
+                return
             except (OSError, StorageError) as error:
                 log.warning("the claim on run %s could not be renewed: %s", self.run, error)
 

@@ -199,12 +199,12 @@ def run_stage(name: str, config: Config, devices: Devices, token: str, *waits_fo
         identity=identity,
         upstream_digests=digests,
     )
-    sweep()
     began = time.monotonic()
     context.storage.write_json(PROGRESS, Progress().model_dump())
     try:
         if context.storage.exists(STOP):
             raise Stopped("stopped as asked before it began")
+        sweep()
         execute(context, config, devices)
     except BaseException as error:
         outcome = "stopped" if isinstance(error, Stopped) else "failed"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -30,7 +29,7 @@ from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
 from pipeline.config import Config, default_storage, stage_names
 from stages.context import StageContext
-from stages.growing import NOTES, PLAN, SPLITS, open_rows
+from stages.growing import NOTES, PLAN, SPLITS, Plan, open_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -214,8 +213,8 @@ def _finished(store: RunStore, stage: str) -> Manifest:
     state = store.state(stage)
     known = [state.state] if state.state in ("running", "failed") else ["not running"]
     if storage.exists(PLAN):
-        with contextlib.suppress(StorageError, TypeError, KeyError):  # it only informs here
-            known.append(f"{len(storage.list(NOTES))} of {storage.read_json(PLAN)['shards']} shards done")
+        plan = manifests.informing(storage, PLAN, Plan)
+        known += [f"{len(storage.list(NOTES))} of {plan.shards} shards done"] if plan else []
     advice = "wait for it" if state.state == "running" else f"go on with it: fathom run --name {store.run}"
     error = f". It said: {state.error}" if state.error else ""
     raise FileNotFoundError(f"{stage} of run {store.run} is not finished ({', '.join(known)}); {advice}{error}")

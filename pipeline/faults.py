@@ -12,16 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("pipeline", "stages", "models", "corpus", "tasks", "kernels", "cluster", "bench")
 
 
+FRAME = re.compile(r'File "([^"]+)", line \d+, in .*\n +(.*)')  # its file and source line
+
+
 def is_users(error: BaseException) -> bool:
     """Whether the message of `error` was written for the user: a type of our own, an OSError, or a ValueError (or
-    RuntimeError, FloatingPointError) that our own code raised, rather than a library deep inside."""
+    RuntimeError, FloatingPointError) that a `raise` of our own code raised, rather than a library deep inside."""
     if isinstance(error, OSError | StorageError) or type(error).__module__.partition(".")[0] in ROOMS:
         return True
     # what a Ray Train worker raised comes without its frames; they are in the text of the error that brought it
-    frames = str(error.__cause__ or "".join(traceback.format_tb(error.__traceback__)))
-    files = re.findall(r'File "([^"]+)", line', frames)
-    innermost = Path(files[-1]) if files else None
-    ours = innermost is not None and any(innermost.is_relative_to(ROOT / room) for room in ROOMS)
+    own = "".join(traceback.format_tb(error.__traceback__))
+    file, line = [("", ""), *(FRAME.findall(str(error.__cause__)) or FRAME.findall(own))][-1]
+    ours = line.startswith("raise ") and any(Path(file).is_relative_to(ROOT / room) for room in ROOMS)
     return ours and isinstance(error, ValueError | RuntimeError | FloatingPointError)
 
 

@@ -6,7 +6,7 @@ import importlib.metadata
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,10 +35,10 @@ class Progress(BaseModel):
     state: Literal["running", "failed", "stopped"] = "running"
     step: int | None = None
     steps: int | None = None
-    metrics: dict[str, int | float] = Field(default_factory=dict)
+    metrics: dict[str, Annotated[int, Field(ge=-(2**63), lt=2**63)] | float] = Field(default_factory=dict)
     error: str | None = None
-    seconds: float | None = None
-    seconds_left: float | None = None
+    seconds: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    seconds_left: Annotated[float, Field(allow_inf_nan=False)] | None = None
     notes: list[str] = Field(default_factory=list)
 
 
@@ -101,9 +101,15 @@ class StageContext:
         """Uploads a directory as this stage's artifact; the manifest, last, makes it done."""
         files = self.storage.upload_tree(directory)
         manifest.write(self.storage, self.manifest(files, metrics, seconds))
-        self.storage.delete("checkpoints")
+        self.storage.delete(manifest.CHECKPOINTS)
         for path in (PROGRESS, SOURCES, TRACEBACK):
             self.storage.delete(path)
+
+    def note(self, text: str) -> None:
+        """Tells the user something once: the terminal shows it, and `fathom status --json` has it."""
+        last = manifest.informing(self.storage, PROGRESS, Progress) or Progress()
+        told = last.model_copy(update={"notes": [*last.notes, text]})
+        self.storage.write_json(PROGRESS, told.model_dump())
 
     def scratch(self, needed: int = 0) -> AbstractContextManager[Path]:
         """A temporary directory on this machine, for `needed` bytes; see `cluster.scratch`."""

@@ -138,6 +138,7 @@ def measure_task(
         tools=environment.tools,
         world=world,
         timeout=config.call_timeout,
+        say=context.note,
     ) as pool:
         return measure(pool, environment, environment.problems("test"), tokenizer, config, seed, world)
 

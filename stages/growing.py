@@ -17,17 +17,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from cluster import manifest
 from cluster.storage import DamagedError, FileEntry, Storage, StorageError
 from corpus.rows import POLL_SECONDS, ROWS_FILE, Index, Rows
 from stages.context import GROWING, PROGRESS, SOURCES, STOP, Progress, StageContext, Stopped, settled
 
-PLAN = "plan.json"  # {made_from, sources, shards}
+PLAN = "plan.json"
 NOTES = "shards"
 VALIDATION_SHARDS = 8  # documents are held out from these, the first, so that validation need not wait for all
 SPLITS = ("train", "val")
 
 logger = logging.getLogger(__name__)
+
+
+class Plan(BaseModel):
+    """What the rows are made from, of which files, and in how many shards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    made_from: str
+    sources: str
+    shards: int
+
 
 Note = dict[str, Any]  # of one shard: files, index of each split, stats
 
@@ -108,14 +121,14 @@ def _states(context: StageContext, made_from: str, part: str, entries: dict[str,
             yield dict(json.loads(listing.read_text(encoding="utf-8")))
             continue
         check_going(context)
-        with contextlib.suppress(FileNotFoundError, DamagedError):  # not begun, ended just now, or to be made again
-            plan = ingest.read_json(PLAN)
-            missing = next((i for i in range(plan["shards"]) if i not in notes), None)
-            if plan["made_from"] == made_from and (missing is None or ingest.exists(note_path(missing))):
-                _same_sources(context, plan["sources"])
+        with contextlib.suppress(FileNotFoundError):  # not begun, or ended just now
+            plan = manifest.informing(ingest, PLAN, Plan)
+            missing = next((i for i in range(plan.shards if plan else 0) if i not in notes), None)
+            if plan and plan.made_from == made_from and (missing is None or ingest.exists(note_path(missing))):
+                _same_sources(context, plan.sources)
                 read_notes(ingest, notes)
                 entries.update({f["path"]: FileEntry(**f) for note in notes.values() for f in note["files"]})
-                index, held_out = (index_of(notes, plan["shards"], s) for s in (part.rpartition("/")[2], "val"))
+                index, held_out = (index_of(notes, plan.shards, s) for s in (part.rpartition("/")[2], "val"))
                 if index is not None and held_out is not None and held_out["complete"]:
                     yield index
                     continue

@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -23,7 +24,7 @@ import numpy as np
 import ray.data
 
 from cluster import manifest
-from cluster.storage import READ_TRIES, DamagedError, FileEntry, Storage, StorageError
+from cluster.storage import READ_TRIES, FileEntry, Storage, StorageError
 from corpus.packing import Document as Packed
 from corpus.packing import Packing, pack
 from corpus.rows import ROWS_FILE, write_index
@@ -33,7 +34,7 @@ from corpus.tokenizers import Tokenizer, UnknownCharacterError
 from stages.config import DataConfig, IngestConfig
 from stages.context import PROGRESS, StageContext
 from stages.conversations import ingest_mixture, is_held_out, task_problems, write_problems, write_rows
-from stages.growing import NOTES, PLAN, SPLITS, VALIDATION_SHARDS, Note, index_of, note_path, read_notes
+from stages.growing import NOTES, PLAN, SPLITS, VALIDATION_SHARDS, Note, Plan, index_of, note_path, read_notes
 from tasks.mixture import digest_of, sizes
 
 GROUP = 256  # shards whose duplicates are looked for together
@@ -126,20 +127,17 @@ def ingest_corpus(
     shards = corpus_shards(data, config.shard_bytes, seed)
     storage = context.storage
     sources = hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
-    plan = {
-        "made_from": manifest.fingerprint(context.identity, context.upstream_digests),
-        "sources": sources,
-        "shards": len(shards),
-    }
-    if _plan_of(storage) != plan:
+    made_from = manifest.fingerprint(context.identity, context.upstream_digests)
+    plan = Plan(made_from=made_from, sources=sources, shards=len(shards))
+    if manifest.informing(storage, PLAN, Plan) != plan:
         for path in (PLAN, NOTES, HASHES, "base"):  # of another configuration, or of other files under the same names
             storage.delete(path)
-        storage.write_json(PLAN, plan)
+        storage.write_json(PLAN, plan.model_dump())
     notes: dict[int, Note] = {}
     read_notes(storage, notes)
-    there = storage.list()
-    for i in [i for i, note in notes.items() if any(there.get(f["path"]) != f["size"] for f in note["files"])]:
-        del notes[i]  # made again, as are notes that are damaged
+    with ThreadPoolExecutor(8) as pool:
+        whole = dict(zip(notes, pool.map(lambda note: _is_whole(storage, note), notes.values()), strict=True))
+    notes = {i: note for i, note in notes.items() if whole[i]}  # the others are made again
     progress = Progress(context, len(shards), notes)
     items = [{"index": i, "shard": json.dumps(shard)} for i, shard in enumerate(shards)]
     seen = [np.empty(0, dtype=np.uint64)] * PARTITIONS
@@ -184,12 +182,13 @@ def _guarded(item: dict[str, Any], function: Callable[..., str], arguments: tupl
         return {"index": item["index"], "result": "", "fault": str(error) or repr(error)}
 
 
-def _plan_of(storage: Storage) -> Any:
-    """The plan that an earlier attempt left; None where there is none that can be read."""
-    try:
-        return storage.read_json(PLAN)
-    except (FileNotFoundError, DamagedError):
-        return None
+def _is_whole(storage: Storage, note: Note) -> bool:
+    """Whether the files of a shard that an earlier attempt made are what it wrote."""
+    entries = [FileEntry(**file) for file in note["files"]]
+    return all(
+        manifest.compare(entry, functools.partial(storage.hash, entry.path), f"{storage.uri}/{entry.path}") is None
+        for entry in entries
+    )
 
 
 def hash_shard(row: dict[str, Any], context: StageContext) -> str:

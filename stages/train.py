@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from stages.training.parallel import World, initial_device
 from stages.training.schedule import Schedule
 from stages.training.state import Checkpoints, publish_model, scratch_bytes
 
-logger = logging.getLogger(__name__)
 WEIGHTS_FROM = {"base": None, "mid": "base", "sft": "mid"}
 
 
@@ -47,9 +45,7 @@ def run(
             if config.device_batch_size == 1:
                 raise
             config = config.model_copy(update={"device_batch_size": config.device_batch_size // 2})
-            logger.warning(
-                "%s: %s; starting again with device_batch_size %d", context.stage, error, config.device_batch_size
-            )
+            context.note(f"{error}; starting again with device_batch_size {config.device_batch_size}")
 
 
 def work(arguments: dict[str, Any]) -> None:

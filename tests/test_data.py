@@ -273,7 +273,7 @@ def test_a_run_that_is_not_there_or_not_finished_says_how_far_it_is(store: RunSt
         assert code == 1 and errors.startswith("fathom data: no run 'nope'") and errors.count("\n") == 1
     manifests.remove(store.stage("ingest"))
     assert "(not running); go on with it: fathom run --name r" in command("inspect")[2]
-    store.stage("ingest").write_json(PLAN, {"made_from": "x", "shards": 8})
+    store.stage("ingest").write_json(PLAN, {"made_from": "x", "sources": "y", "shards": 8})
     for shard in (0, 3):
         store.stage("ingest").write_json(note_path(shard), {})
     store.stage("ingest").write_json("progress.json", {"state": "running", "step": 2, "steps": 8})

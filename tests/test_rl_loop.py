@@ -340,6 +340,7 @@ def test_rl_recovers_from_a_lost_learner_a_dead_actor_and_one_that_hangs(line: R
     assert reached < 6 and command.until(lambda: saved() > reached, 8 + 60), command.output()
     result = command.finish(120)
     assert result.code == 0, result.output
+    assert "a worker was lost" in result.output and "a new one takes over" in result.output
     assert not result.left_behind
     assert not learner.is_running() and not dead.is_running() and not hung.is_running()
     records, undisturbed = run.lasting("rl"), line.lasting("rl")

@@ -157,3 +157,25 @@ def test_whatever_lies_in_storage_status_shows_it_or_says_what_is_wrong(data: st
                 1,
             )
         assert os.listdir(folder) == ["[b]"] and os.listdir(f"{folder}/[b]") == ["r"]
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN", "1e999", "9" * 400, '"[/x]"'])
+@pytest.mark.parametrize("path", ["manifest.json", "progress.json"])
+def test_figures_that_are_none_are_shown_or_refused(
+    store: RunStore, path: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = store.stage("tokenizer" if path == "manifest.json" else "base")
+    file = Path(stage.uri) / path
+    raw = {k: v for k, v in json.loads(file.read_text()).items() if k != "sha256"}
+    text = json.dumps(raw | {"seconds": "HERE", "metrics": {"loss": "HERE"}}).replace('"HERE"', value)
+    file.write_text(text)
+    assert cli.main(["status", "r", "--storage", str(Path(store.storage.uri).parent)]) == 0
+    with LiveView(store, ["tokenizer", "base"], Console(file=io.StringIO())) as view:
+        view.poll()
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(store: RunStore) -> None:
+    file = Path(store.storage.uri) / "config.json"
+    file.unlink()
+    os.mkfifo(file)
+    assert status.main(["r", "--storage", str(Path(store.storage.uri).parent)]) == 0

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
@@ -288,19 +288,33 @@ def by_a_name(code: Code, metadata: Metadata) -> Any:
     return replace(metadata, storage_meta=torch.load)
 
 
+def on_a_class(code: Code, metadata: Metadata) -> bytes:
+    return b"cpathlib\nPosixPath\n(N}S'_str'\nS'" + bytes(code.file) + b"'\nstb."
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return run(folder / "run", write_rows(folder / "rows"))
+
+
 @pytest.mark.parametrize(
-    "attack", [bare, within, as_a_value, from_elsewhere, by_a_name], ids=lambda function: function.__name__
+    "attack", [bare, within, as_a_value, from_elsewhere, by_a_name, on_a_class], ids=lambda function: function.__name__
 )
-def test_no_code_in_a_checkpoint_runs(rows: Rows, tmp_path: Path, attack: Callable[[Code, Metadata], Any]) -> None:
-    whole, record = run(tmp_path / "whole", rows)
+def test_no_code_in_a_checkpoint_runs(
+    rows: Rows, tmp_path: Path, attack: Callable[[Code, Metadata], Any], uninterrupted: tuple[Any, Any]
+) -> None:
+    whole, record = uninterrupted
     with pytest.raises(Killed):
         run(tmp_path / "broken", rows, stop_at=2 * STOP)
     checkpoint = Storage(tmp_path / "broken").at(manifest.checkpoint_path(2 * STOP))
     ran = tmp_path / "ran"
     metadata = pickle.loads(checkpoint.read_bytes(".metadata"))
-    replace_in_storage(checkpoint, ".metadata", pickle.dumps(attack(Code(ran), metadata)))
+    written = attack(Code(ran), metadata)
+    replace_in_storage(checkpoint, ".metadata", written if isinstance(written, bytes) else pickle.dumps(written))
     resumed, record_of_both = run(tmp_path / "broken", rows, model=fresh_model(seed=9))
     assert not ran.exists(), "it ran"
+    assert str(PosixPath("/a")) == "/a", "it changed a class"
     assert losses(record_of_both) == losses(record) and same_weights(resumed, whole)
     [note] = [note for note in record_of_both.notes if "passed over" in note]
     assert note.startswith("checkpoint 10 is passed over, training goes on from step 5") and ".metadata" in note

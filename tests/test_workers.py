@@ -52,5 +52,6 @@ def test_a_lost_worker_is_replaced_and_as_many_work_as_there_is_room_for(line: R
     workers[1].kill()
     result = command.finish(300)
     assert result.code == 0, result.output
+    assert "a worker was lost after step" in result.output
     assert not result.left_behind
     assert run.losses("base") == approx(line.losses("base"), abs=1e-4, rel=0)

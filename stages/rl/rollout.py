@@ -161,7 +161,8 @@ class RolloutPool:
 
     An actor that dies, leaves the question whether it is alive unanswered for `health_timeout` seconds, or works on one
     call for more than `timeout` seconds is replaced by one with the current weights, and its prompts are sampled again.
-    After TRIES such losses in one call the pool gives up with RuntimeError. `replaced` counts them.
+    After TRIES such losses in one call the pool gives up with RuntimeError. `replaced` counts them and `say` tells of
+    each.
     """
 
     def __init__(
@@ -176,12 +177,13 @@ class RolloutPool:
         world: World | None = None,
         timeout: float = 600.0,
         health_timeout: float = 30.0,
+        say: Callable[[str], None] = logger.warning,
     ) -> None:
         on_gpu, self._shared = devices.kind == "cuda", placement == "shared"
         self._world = world if world is not None and world.size > 1 and not self._shared else None
         self._on_gpu, self._direct = on_gpu, on_gpu and engine == "vllm"
         self._arguments = (fetch, engine, on_gpu, self._shared, tools)
-        self._timeout, self._health_timeout = timeout, health_timeout
+        self._timeout, self._health_timeout, self._say = timeout, health_timeout, say
         self._dtype = torch.bfloat16 if on_gpu else torch.float32
         # what gives the weights in the object store, and their version
         self._current: tuple[Callable[[], Any], int] | None = None
@@ -331,7 +333,7 @@ class RolloutPool:
     def _replace(self, a: int, problem: str, losses: int) -> None:
         if self._closed or losses == TRIES:
             raise RuntimeError(f"rollout actor {a} {problem}, for the {losses}. time in one call")
-        logger.warning("rollout actor %d %s; a new one takes over", a, problem)
+        self._say(f"rollout actor {a} {problem}; a new one takes over")
         ray.kill(self._members[a].handle)
         self._members[a] = self._start()
         self.replaced += 1

@@ -36,6 +36,7 @@ def work(arguments: dict[str, Any]) -> None:
     torch.set_num_threads(world.threads)
     source = context.fetch("sft")
     tokenizer, model = Tokenizer.load(source), from_pretrained(source, device=initial_device(config, world))
+    reporter = Reporter(context.storage, config.steps, quiet=world.rank > 0)
     engine, placement = choose(config.engine, config.placement, devices, world.size)
     with (
         context.scratch(scratch_bytes(model, world)) as scratch,
@@ -50,11 +51,11 @@ def work(arguments: dict[str, Any]) -> None:
             world=world,
             timeout=config.call_timeout,
             health_timeout=config.health_timeout,
+            say=reporter.note,
         ) as pool,
     ):
         problems, held_out = environment.problems("train"), environment.problems("test")
-        steps = config.steps or max(1, len(problems) // config.prompts_per_step)
-        reporter = Reporter(context.storage, steps, quiet=world.rank > 0)
+        steps = reporter.steps = config.steps or max(1, len(problems) // config.prompts_per_step)
         checkpoints = Checkpoints(context, world, scratch, reporter, config.keep_last)
         task = (environment, problems, held_out, config, steps, arguments["seed"])
         reinforce(model, tokenizer, *task, world, pool, checkpoints, reporter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +20,6 @@ from stages.context import StageContext
 ATTEMPTS = 4  # without a new checkpoint between them
 RAY_TRAIN = ".ray_train"  # where Ray Train keeps its own state while it runs
 LOST = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError, RayTrainError)
-
-logger = logging.getLogger(__name__)
 
 
 def launch(
@@ -69,7 +66,7 @@ def launch(
             lost, newest = (1 if reached > newest else lost + 1), max(reached, newest)
             if lost == ATTEMPTS:
                 raise
-            logger.warning("%s: a worker was lost after step %d, starting again", context.stage, reached)
+            context.note(f"a worker was lost after step {reached}: starting again from the newest checkpoint")
         finally:
             context.storage.delete(RAY_TRAIN)
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster import hardware
+from cluster import hardware, manifest
 from cluster.storage import FencedError, Storage, StorageError
-from stages.context import PROGRESS, STOP
+from stages.context import PROGRESS, STOP, Progress
 from stages.training.parallel import World
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,8 @@ class Reporter:
         self.storage, self.steps, self.quiet = storage, steps, quiet
         self.budget_seconds, self.max_skipped = budget_seconds, max_skipped
         self.records: list[dict[str, Any]] = []
-        self.notes: list[str] = []
+        earlier = None if quiet else manifest.informing(storage, PROGRESS, Progress)
+        self.notes: list[str] = earlier.notes if earlier else []  # such as why this is not the first attempt
         self.earlier_seconds = 0.0
         self.stop = False
         self._began = time.monotonic()

@@ -7,10 +7,11 @@ admitted, and what they say of files is compared with the manifest.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan
@@ -54,7 +55,24 @@ ADMITTED: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+PLAIN = tuple(kind for kind in ADMITTED.values() if dataclasses.is_dataclass(kind))
+
+
+class _Unpickler(pickle._Unpickler):
+    """In Python, as only that lets the setting of attributes be limited: on a class or a function, which a pickle can
+    name like any value, it would change the whole process."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    stack: list[Any]
+
+    def load_build(self) -> None:
+        if type(self.stack[-2]) not in PLAIN:
+            raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2]!r:.80}")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ADMITTED:
             return ADMITTED[module, name]

@@ -120,9 +120,9 @@ def _step(path: str) -> int:
 
 
 def scratch_bytes(model: LanguageModel, world: World) -> int:
-    """What a rank writes to disk at a time: its part of weights and two moments, and on the first rank the artifact."""
-    weights = 4 * model.spec.parameters
-    return 3 * weights // world.size + (weights if world.rank == 0 else 0)
+    """What the ranks of a machine write to disk at a time: their parts of weights and two moments, and the artifact."""
+    weights, here = 4 * model.spec.parameters, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 3 * weights * here // world.size + weights
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -192,7 +192,7 @@ class Checkpoints:
         metrics = () if self.reporter.quiet else (manifest.METRICS,)
         there = {_step(path) for path in storage.list(manifest.CHECKPOINTS)} if self.world.rank == 0 else set()
         steps: list[int] = self.world.first([step for step, _ in manifest.checkpoints(storage)])
-        removed, found = there - {*steps}, None
+        removed, doubtful, found = there - {*steps}, set[int](), None
         while steps and not found:
             try:
                 found = self._open(steps[-1], state, lambda path: path.startswith((STAGE_STATE, *metrics)))
@@ -200,8 +200,13 @@ class Checkpoints:
                 step = steps.pop()
                 then = f"training goes on from step {steps[-1]}" if steps else "training begins again at step 0"
                 self.reporter.note(f"checkpoint {step} is passed over, {then}: {error}")
-                removed.add(step)
+                place = storage.at(manifest.checkpoint_path(step))
+                # on the word of another rank alone, whose machine may be at fault, nothing is removed
+                whole = self.world.rank == 0 and _attempt(lambda: manifest.fetch(place))[1] is None  # noqa: B023
+                (doubtful if whole else removed).add(step)
         if self.world.rank == 0:
+            for step in doubtful:
+                storage.move(manifest.checkpoint_path(step), f"{manifest.CHECKPOINTS}/passed_over_{step:06d}")
             for step in removed:
                 if step > max(steps, default=-1):
                     manifest.remove(storage.at(manifest.checkpoint_path(step)))
