@@ -140,7 +140,7 @@ def identity_of(stage: str, config: Config) -> dict[str, Any]:
         if config.tokenizer.source != "bpe":
             return {"tokenizer": config.tokenizer.identity()}
         corpus = {"corpus", "text_column", "shards", "max_documents", "validation_documents", "synthetic_documents"}
-        identity["data"] = config.data.model_dump(mode="json", include=corpus)
+        identity["data"] = {name: value for name, value in config.data.identity().items() if name in corpus}
         identity["tokenizer"] = config.tokenizer.identity()
         identity["ingest"] = {"shard_bytes": config.ingest.shard_bytes}
         identity["model"] = {"vocab_size": config.model.vocab_size}

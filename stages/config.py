@@ -65,20 +65,21 @@ class DataConfig(Section):
     synthetic_problems: int = Field(40_000, ge=64, description="training problems the arithmetic task has")
     digests: dict[str, str] = Field(
         {},
-        description="SHA-256 of small files that chat, gsm8k and parts name, by their place",
+        description="SHA-256 of small files that corpus, chat, gsm8k and parts name, by their place",
         json_schema_extra=FOUND,
     )
 
     def sources(self) -> list[Part]:
-        """All that conversations and problems are read from."""
-        named = [Part(source=self.chat)] if self.chat else []
+        """All that texts, conversations and problems are read from."""
+        named = [Part(source=place) for place in (self.corpus, self.chat) if place]
         return [*named, Part(source=self.gsm8k, format="gsm8k"), *self.mid.values(), *self.sft.values()]
 
     def identity(self) -> dict[str, Any]:
         """Small files by what they say, wherever they lie."""
         identity = super().identity()
         parts = [part for stage in ("mid", "sft") for part in identity[stage].values()]
-        for tree, key in [(identity, "chat"), (identity, "gsm8k"), *((part, "source") for part in parts)]:
+        named = [(identity, key) for key in ("corpus", "chat", "gsm8k")]
+        for tree, key in [*named, *((part, "source") for part in parts)]:
             tree[key] = self.digests.get(tree[key], tree[key])
         return identity
 
