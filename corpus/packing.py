@@ -1,7 +1,8 @@
 """Documents into rows of one length, in one of three ways.
 
-`best_fit`: every row begins with a document, no position is wasted, and little is cropped. `concat`: one document after
-the other, cut wherever a row ends; nothing is lost. `pad`: every document whole, rows filled up with padding.
+`best_fit`: every row begins with a document or a piece of one, no position is wasted, and few documents are cut.
+`concat`: one document after the other, cut wherever a row ends. `pad`: every document whole, rows filled up with
+padding.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ def pack(
     All documents have a mask, or none has, and then rows have one only under "pad". A document begins with `<|bos|>`,
     and so does, under "best_fit" and "pad", every row.
 
-    best_fit: a row takes the longest waiting document that fits; when none does, the shortest one is cropped to fill
-    it. Longer documents are split beforehand into pieces that each begin with the document's first id.
+    best_fit: a row takes the longest waiting document that fits; when none does, the head of the shortest one fills it,
+    and what remains waits again. Longer documents are split beforehand. Every piece but a document's first begins with
+    the document's first id once more, and `counts["repeated"]` grows by one.
     pad: when none fits, the row is filled with `pad_id` and mask 0; longer documents are cropped.
-    The last, incomplete row is dropped, under "pad" it is padded. `counts["cropped"]` grows by the tokens left out.
+    The last, incomplete row is dropped, under "pad" it is padded. `counts["cropped"]` grows by the tokens left out, so
+    that under "best_fit" and "concat" the documents' tokens and those repeated are the rows' and those left out.
     """
     if row_len < 2:
         raise ValueError(f"row_len must be at least 2, got {row_len}")
@@ -72,16 +75,17 @@ def _fit(
         if not waiting and (not padding or room == row_len):
             counts["cropped"] += row_len - room
             return
-        fitting = bisect.bisect_right(waiting, room, key=lambda entry: entry[0])
+        fitting = bisect.bisect_left(waiting, (room + 1,))
         if fitting:
             length, _, piece, mask = waiting.pop(fitting - 1)
         elif padding:
             length, piece, mask = room, np.full(room, pad_id), np.zeros(room, dtype=np.uint8)
-        else:
-            length, _, piece, mask = waiting.pop(0)
-            counts["cropped"] += length - room
-        row.append((piece[:room], None if mask is None else mask[:room]))
-        room -= min(length, room)
+        else:  # lost, the remainder would cost documents just shorter than a row half of their tokens
+            length, order, piece, mask = waiting.pop(0)
+            bisect.insort(waiting, (length - room + 1, order, *_again(piece, mask, room, length, counts)))
+            length, piece, mask = room, piece[:room], None if mask is None else mask[:room]
+        row.append((piece, mask))
+        room -= length
         if not room:
             yield _joined(row)
             row, room = [], row_len
@@ -97,9 +101,19 @@ def _pieces(documents: Iterable[Document], row_len: int, split: bool, counts: Co
             counts["cropped"] += max(0, len(ids) - row_len)
             continue
         for start in range(row_len, len(ids), row_len - 1):
-            stop = start + row_len - 1
-            piece = None if mask is None else np.concatenate([mask[:1], mask[start:stop]])
-            yield np.concatenate([ids[:1], ids[start:stop]]), piece
+            yield _again(ids, mask, start, start + row_len - 1, counts)
+
+
+def _again(ids: np.ndarray, mask: np.ndarray | None, start: int, stop: int, counts: Counter[str]) -> Document:
+    """The tokens from `start` to `stop`, behind the document's first once more."""
+    counts["repeated"] += 1
+    return _behind_first(ids, start, stop), None if mask is None else _behind_first(mask, start, stop)
+
+
+def _behind_first(values: np.ndarray, start: int, stop: int) -> np.ndarray:
+    piece = values[start - 1 : stop].copy()
+    piece[0] = values[0]
+    return piece
 
 
 def _joined(parts: list[Document]) -> Document:

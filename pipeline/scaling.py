@@ -12,7 +12,7 @@ from corpus.sources import CORPORA, shards_needed
 from stages.config import ModelConfig
 
 CHARACTERS_PER_TOKEN = 4.8
-SPARE_SHARDS = 1.1  # shards of a named corpus, of those that hold as many tokens: packing crops, and some are held out
+SPARE_SHARDS = 1.1  # shards of a named corpus, of those that hold as many tokens: some are duplicates or held out
 TOTAL_BATCH_SIZE = {"base": 524_288, "mid": 524_288, "sft": 32_768}  # tokens a step
 
 

@@ -138,7 +138,7 @@ class TokenizerConfig(Section):
 class IngestConfig(Section):
     packing: Literal["best_fit", "concat"] = Field(
         "best_fit",
-        description="base rows: each begins with a document and few documents are cropped; or one document after the other",
+        description="base rows: each begins with a document or a piece of one, and few are cut; or one document after the other",
     )
     shard_bytes: int = Field(
         64 << 20, ge=1, description="bytes of input that make one shard of rows, fewer in a corpus below a gigabyte"

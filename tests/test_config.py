@@ -55,7 +55,7 @@ def test_depth_20_is_the_published_size() -> None:
     assert config.base.steps == 21_400 and config.base.total_batch_size == 524_288
     assert plan.plan(config)["tokens"] == 21_400 * 524_288
     assert plan.plan(config)["shards"] == 216  # of 1,822, at 4.8 characters a token
-    assert config.data.shards == 238, "and a tenth more, as packing crops"
+    assert config.data.shards == 238, "and a tenth more, as some are duplicates or held out"
 
 
 @pytest.mark.parametrize("depth", range(1, 65))
