@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from corpus.conversation import render_prompt
 from corpus.rows import Rows
 from corpus.tokenizers import Tokenizer
 from models.generate import Completion
-from models.hf import from_pretrained
+from models.hf import from_pretrained, read_spec
 from models.layers import LanguageModel
 from stages import report
 from stages.config import EvaluateConfig
@@ -83,6 +83,28 @@ def opened(context: StageContext, file: EnvironmentFile | None, timeout: float) 
         environment.close()
 
 
+def with_room(
+    environment: Environment,
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    sequence_len: int,
+    say: Callable[[str], None],
+) -> list[Problem]:
+    """Those whose prompt leaves room for an answer in a context of `sequence_len` tokens: the others could only be
+    sampled as empty, and would count as wrong. `say` is told how many these are; ValueError when none is left."""
+    lengths = [len(render_prompt(environment.render(problem), tokenizer)) for problem in problems]
+    kept = [problem for problem, length in zip(problems, lengths, strict=True) if length < sequence_len]
+    if len(kept) < len(problems):
+        room = f"room for an answer in a context of {sequence_len} tokens (the shortest prompt has {min(lengths)})"
+        if not kept:
+            raise ValueError(
+                f"none of {len(problems)} problems leaves {room}: train with a larger model.sequence_len, or give "
+                "problems with shorter questions"
+            )
+        say(f"{len(problems) - len(kept)} of {len(problems)} problems are left out, as they leave no {room}")
+    return kept
+
+
 def run(
     context: StageContext,
     source: str,
@@ -125,8 +147,10 @@ def measure_task(
     seed: int,
     devices: Devices,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """`measure` of the model of stage `source` on the held-out problems."""
-    tokenizer = Tokenizer.load(context.fetch(source))
+    """`measure` of the model of stage `source` on the held-out problems that leave room for an answer."""
+    model = context.fetch(source)
+    tokenizer, asked = Tokenizer.load(model), environment.problems("test")[: config.problems]
+    problems = with_room(environment, asked, tokenizer, read_spec(model).sequence_len, context.note)
     world = World(0, 1, torch.device("cpu"), devices.threads(1))
     engine, placement = choose(config.engine, "shared", devices, world.size)
     with RolloutPool(
@@ -140,7 +164,8 @@ def measure_task(
         timeout=config.call_timeout,
         say=context.note,
     ) as pool:
-        return measure(pool, environment, environment.problems("test"), tokenizer, config, seed, world)
+        metrics, records = measure(pool, environment, problems, tokenizer, config, seed, world)
+    return metrics | {"problems_left_out": len(asked) - len(problems)}, records
 
 
 def measure(

@@ -13,7 +13,14 @@ from tasks.calculator import calculate
 Tool = Callable[[str], str | None]  # what the model wrote in its call → the result put in after it; None: no result
 
 _MARK = re.compile(r"<<([^<>]*)=([^<>=]*)>>")
-_NUMBER = re.compile(r"[ \t]*([-+]?)[ \t]*\$?[ \t]*([-+]?)([0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)")
+_MINUS = "-\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"  # hyphens, short dashes, the minus sign itself
+# A comma is within a number only where all of its groups have three digits, and no longer list goes on: else 2020,2021
+# would be one number. Every run of blanks can be matched in one way only, so that a text of blanks costs no more.
+_NUMBER = re.compile(
+    rf"(?:([{_MINUS}+])[ \t]*+)?(?:\$[ \t]*+)?([{_MINUS}+]?)"
+    r"((?:(?<![0-9],)[1-9][0-9]{0,2}(?:,[0-9]{3})++(?!,?[0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+)
+_FINAL = re.compile(rf"####[ \t]*+{_NUMBER.pattern}")
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,9 @@ class NumberProblems:
 
 
 def final_number(text: str) -> str | None:
-    """The number after the last `####`, normalised ("1,000" -> "1000", "$5.0" -> "5"); None when there is none."""
-    _, mark, tail = text.rpartition("####")
-    match = _NUMBER.match(tail) if mark else None
+    """The number after the first `####` that has one, as GSM8K's own extractor takes it, normalised ("1,000" -> "1000",
+    "$5.0" -> "5"); None when there is none."""
+    match = _FINAL.search(text)
     return _normalised(match) if match else None
 
 
@@ -97,5 +104,5 @@ def _normalised(match: re.Match[str], signed: bool = True) -> str:
     whole, _, decimals = match[3].replace(",", "").partition(".")
     whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
     number = f"{whole}.{decimals}" if decimals else whole
-    negative = signed and "-" in (match[1], match[2]) and number != "0"
+    negative = signed and any(sign and sign in _MINUS for sign in (match[1], match[2])) and number != "0"
     return f"-{number}" if negative else number

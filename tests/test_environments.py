@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import flags
+from conftest import SETTINGS, flags
 from runs import ROOT, Run, environment, fathom, one_clear_message
 
 from cluster import manifest as manifests
@@ -345,3 +346,25 @@ def test_a_bug_that_comes_with_an_answer_fails_rl_and_harms_nothing(line: Run, t
     assert run.manifests() == before
     states = run.states()
     assert [states[name] for name in made] == ["done"] * len(made) and states["rl"] == "failed"
+
+
+def test_problems_without_room_for_an_answer_are_neither_trained_on_nor_measured(line: Run, tmp_path: Path) -> None:
+    """RL has as many steps as the others are for, and the user is told."""
+    run, file = line.branch(tmp_path, "tokenizer", "ingest", "base", "mid", "sft"), tmp_path / "own.py"
+    one_pass = {name: value for name, value in SETTINGS.items() if name != "rl.steps"}
+    head = HEAD.replace("[Problem('question', 'answer')]", "[Problem(f'{n} ' * n**2, '') for n in range(16)]")
+    file.write_text(head + "def grade(problem, completion):\n    return {'reward': float(problem.question == '')}\n")
+    settings = {"rl.environment": file, "rl.prompts_per_step": 2, "rl.require_signal": False}
+    settings |= {"rl.engine": "torch", "evaluate.engine": "torch", "evaluate.problems": 16}
+    settings |= {"rl.eval_every": 1, "rl.eval_problems": 16, "rl.max_new_tokens": 4, "evaluate.max_new_tokens": 4}
+    run = replace(run, settings=["--preset", "demo", "--with-rl", *flags(one_pass | settings)])
+    for stage in ("evaluate_sft", "rl"):
+        result = run.go("--only", stage, seconds=300)
+        assert result.code == 0, result.output
+        assert "of 16 problems are left out, as they leave no room for an answer" in result.output
+    metrics = {stage["name"]: stage["metrics"] for stage in run.status()["stages"]}
+    left = metrics["evaluate_sft"]["problems"]
+    assert 4 <= left == 16 - metrics["evaluate_sft"]["problems_left_out"] < 16
+    records = run.records("rl")
+    assert {record["problems"] for record in records if "problems" in record} == {left}
+    assert len([record for record in records if "reward" in record]) == left // 2

@@ -17,7 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from corpus.conversation import render_prompt
 from corpus.synthetic import Split
 from corpus.tokenizers import Tokenizer
 from models.build import build
@@ -25,10 +28,10 @@ from models.generate import Completion, Turns, generate
 from models.spec import ModelSpec
 from stages import report
 from stages.config import EvaluateConfig
-from stages.evaluate import graded, measure
+from stages.evaluate import graded, measure, with_room
 from stages.training.parallel import World
 from tasks.arithmetic import Arithmetic
-from tasks.base import Problem, Tool
+from tasks.base import NumberProblems, Problem, Tool
 from tasks.estimates import interval, maj_at_k, pass_at_k
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -179,6 +182,29 @@ def test_two_ranks_between_them_ask_and_find_what_one_does() -> None:
     assert [r for half in halves for r in measured(half)[1]] == records
     [rows] = whole.gathered
     torch.testing.assert_close(torch.cat([half.gathered[0] for half in halves]), rows, atol=0, rtol=0)
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(3, 40))
+def test_a_problem_is_left_out_where_its_prompt_leaves_no_room_and_the_user_is_told(
+    sizes: list[int], context: int
+) -> None:
+    tokenizer = Tokenizer.open("chars", "n")
+    problems = [Problem("n" * size, "#### 1") for size in sizes]
+    lengths = [len(render_prompt(NumberProblems().render(problem), tokenizer)) for problem in problems]
+    expected, told = [p for p, n in zip(problems, lengths, strict=True) if n < context], list[str]()
+    left_out = len(problems) - len(expected)
+
+    def kept() -> list[Problem]:
+        return with_room(NumberProblems(), problems, tokenizer, context, told.append)  # type: ignore[arg-type]
+
+    if problems and not expected:
+        with pytest.raises(ValueError, match=rf"none of {left_out} problems .* {context} tokens .*model\.sequence_len"):
+            kept()
+        return
+    assert kept() == expected
+    assert [text.split(",")[0] for text in told] == [f"{left_out} of {len(problems)} problems are left out"] * (
+        left_out > 0
+    )
 
 
 def test_what_was_cut_off_earns_nothing_and_does_not_vote() -> None:

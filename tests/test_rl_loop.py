@@ -261,6 +261,47 @@ def test_without_a_signal_the_run_stops_before_the_first_step(tmp_path: Path) ->
     assert len(records) == 1
 
 
+class Constant(Digits):
+    """Every completion has the same reward."""
+
+    def __init__(self, reward: float) -> None:
+        super().__init__()
+        self.constant = reward
+
+    def grade(self, problem: Problem, completion: str) -> dict[str, float]:
+        return super().grade(problem, completion) | {"reward": self.constant}
+
+
+class Ending(Here):
+    """Every completion ends by itself, or none does."""
+
+    def __init__(self, finished: bool) -> None:
+        super().__init__()
+        self.finished = finished
+
+    def start(self, *arguments: Any, **more: Any) -> Rollout:
+        rollout = super().start(*arguments, **more)
+        for completion in (c for group in rollout.groups for c in group):
+            completion.finished = self.finished
+        return rollout
+
+
+@pytest.mark.parametrize(
+    ("reward", "finished", "said"),
+    [
+        (1.0, False, "every completion earns 0.*graded 1 to 1, 1 in the mean, and 100% .* cut off.*max_new_tokens=12"),
+        (1.0, True, "every completion earns 1.*graded 1 to 1, 1 in the mean, and 0% .* cut off.*give harder ones"),
+        (0.25, True, "every completion earns 0.25.*graded 0.25 to 0.25, 0.25 in the mean, and 0%.* for longer"),
+        (0.0, False, "every completion earns 0: .*graded 0 to 0, 0 in the mean, and 100% .* cut off.* for longer"),
+    ],
+)
+def test_what_is_said_without_a_signal_is_what_was_seen(
+    tmp_path: Path, reward: float, finished: bool, said: str
+) -> None:
+    with pytest.raises(NoSignal, match=said):
+        attempt(tmp_path / "run", {"require_signal": True}, Constant(reward), Ending(finished))
+
+
 class Stale(Here):
     """Says that it has the new weights and keeps the first."""
 

@@ -29,11 +29,13 @@ class NoSignal(ValueError):
 
 @dataclass
 class Group:
-    """The completions of one prompt; `grades` has the figures of the environment, each with a value a completion."""
+    """The completions of one prompt; `grades` has the figures of the environment, each with a value a completion, and
+    `answered` the rewards as they were before those of completions that were cut off were taken away."""
 
     prompt: list[int]
     completions: list[Completion]
     grades: dict[str, list[float]]
+    answered: list[float]
 
 
 def problems_at(count: int, seed: int, positions: Sequence[int]) -> list[int]:
@@ -123,7 +125,7 @@ class Groups:
             graded = [self.environment.grade(self.problems[i], self.tokenizer.decode(c.tokens)) for c in completions]
             pairs = list(zip(graded, completions, strict=True))
             grades = {n: [g[n] if c.finished else min(0.0, g[n]) for g, c in pairs] for n in self.figures}
-            groups.append(Group(self.prompts[i], completions, grades))
+            groups.append(Group(self.prompts[i], completions, grades, [g["reward"] for g in graded]))
         return groups
 
     def _statistics(self, groups: list[Group]) -> dict[str, float]:
@@ -156,12 +158,24 @@ class Groups:
         """Raises NoSignal, on all ranks, where all samples of the first `signal_prompts` problems earn the same."""
         n, k = min(self.config.signal_prompts, len(self.problems)), self.config.samples_per_prompt
         mine = list(self.world.slice(range(n)))
-        rewards = self.world.gather(rewards_of(self._grade(mine, self._start(mine, SIGNAL, mine).result()), k))
+        groups = self._grade(mine, self._start(mine, SIGNAL, mine).result())
+        rewards = self.world.gather(rewards_of(groups, k))
+        seen = [[r, c.finished] for g in groups for r, c in zip(g.answered, g.completions, strict=True)]
+        graded, finished = self.world.gather(torch.tensor(seen, dtype=torch.float64).view(-1, 2)).unbind(1)
         if not (rewards != rewards[0, 0]).any():
+            if rewards[0, 0] >= 1:
+                advice = "These problems are solved already: give harder ones"
+            elif graded.max() > rewards[0, 0]:
+                room = f"rl.max_new_tokens={self.config.max_new_tokens}"
+                advice = f"What is cut off earns nothing: give more room than {room} and model.sequence_len do"
+            else:
+                advice = "Train base, mid and sft for longer or at a greater depth"
             raise NoSignal(
                 f"no signal: pass@{k} of the SFT model is {(rewards >= 1).any(1).double().mean():.2g} on {n} training "
-                f"prompts, and every reward is {rewards[0, 0]:g}: there is nothing to reinforce. Train base, mid and "
-                "sft for longer or at a greater depth, or go on anyway with --set rl.require_signal=false"
+                f"prompts, and every completion earns {rewards[0, 0]:g}: there is nothing to reinforce. They were "
+                f"graded {graded.min():g} to {graded.max():g}, {graded.mean():.2g} in the mean, and "
+                f"{1 - finished.mean():.0%} of them were cut off. {advice}, or go on anyway with "
+                "--set rl.require_signal=false"
             )
 
     def state(self) -> dict[str, Any]:

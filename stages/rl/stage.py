@@ -13,7 +13,7 @@ from models.hf import from_pretrained
 from stages import report
 from stages.config import RLConfig
 from stages.context import StageContext
-from stages.evaluate import opened
+from stages.evaluate import opened, with_room
 from stages.rl.loop import reinforce
 from stages.rl.rollout import RolloutPool, choose
 from stages.training.launch import launch
@@ -54,7 +54,12 @@ def work(arguments: dict[str, Any]) -> None:
             say=reporter.note,
         ) as pool,
     ):
-        problems, held_out = environment.problems("train"), environment.problems("test")
+        fitting = functools.partial(
+            with_room, environment, tokenizer=tokenizer, sequence_len=model.spec.sequence_len, say=reporter.note
+        )
+        problems, held_out = fitting(environment.problems("train")), environment.problems("test")
+        if config.eval_every:
+            held_out = fitting(held_out[: config.evaluation.problems])
         steps = reporter.steps = config.steps or max(1, len(problems) // config.prompts_per_step)
         checkpoints = Checkpoints(context, world, scratch, reporter, config.keep_last)
         task = (environment, problems, held_out, config, steps, arguments["seed"])
