@@ -37,6 +37,8 @@ READ_BYTES = 4 << 20
 
 _KINDS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "txt": (".txt",)}
 ROW_KINDS = ("parquet", "jsonl")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_HIDDEN = (".", "_")  # what begins so was left by an editor, a file system or an unfinished job
 _CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f"))
 
 Unit = dict[str, Any]
@@ -172,6 +174,21 @@ def count_records(spec: str, split: str = "train", limit: int | None = None) -> 
     return count if limit is None else min(count, limit)
 
 
+def skipped_files(spec: str, kinds: Sequence[str] = tuple(_KINDS)) -> Counter[str]:
+    """How many files of a folder or glob are not read, by why: `hidden`, as their name or that of a folder below `spec`
+    begins with a dot or an underscore, or `empty`, as Parquet or JSONL of no bytes holds no record."""
+    skipped: Counter[str] = Counter()
+    if spec != SYNTHETIC and spec not in CORPORA and not spec.startswith("hub:"):
+        _files(spec, kinds=kinds, skipped=skipped)
+    return skipped
+
+
+def skipped_text(skipped: Mapping[str, int]) -> str:
+    """What `skipped_files` found, for people."""
+    why = {"hidden": "hidden (a name begins with . or _)", "empty": "of no bytes"}
+    return ", ".join(f"{count:,} {'file' if count == 1 else 'files'} {why[name]}" for name, count in skipped.items())
+
+
 def _units_of_file(uri: str, column: str, unit_bytes: int) -> list[Unit]:
     unit = {"kind": _kind(uri), "uri": uri, "column": column}
     if uri.startswith("hf://"):
@@ -185,7 +202,7 @@ def _units_of_file(uri: str, column: str, unit_bytes: int) -> list[Unit]:
             _check_text_column(uri, file.schema_arrow, column)
             sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
         return [unit | {"row_group": i, "bytes": size} for i, size in enumerate(sizes)]
-    if not path.endswith(".jsonl") or size <= unit_bytes:
+    if not path.lower().endswith(".jsonl") or size <= unit_bytes:
         return [unit | {"bytes": size}]
     parts = [(start, min(start + unit_bytes, size)) for start in range(0, size, unit_bytes)]
     return [unit | {"start": start, "stop": stop, "bytes": stop - start} for start, stop in parts]
@@ -338,7 +355,8 @@ def _open_lines(uri: str, start: int = 0) -> Iterator[BinaryIO]:
             raw = filesystem.open_input_file(path)
             raw.seek(start)
         else:
-            raw = filesystem.open_input_stream(path, buffer_size=READ_BYTES)
+            codec = _COMPRESSIONS.get(os.path.splitext(path)[1].lower())
+            raw = filesystem.open_input_stream(path, compression=codec, buffer_size=READ_BYTES)
         # A pyarrow stream is a binary file in all but its declared type.
         with io.BufferedReader(cast(io.RawIOBase, raw), READ_BYTES) as stream:
             yield cast(BinaryIO, stream)
@@ -374,12 +392,18 @@ def _skip_line(stream: BinaryIO) -> int:
 
 
 def _kind(uri: str) -> str | None:
-    path = _split_query(uri)[0]
+    path = _split_query(uri)[0].lower()
     return next((kind for kind, suffixes in _KINDS.items() if path.endswith(suffixes)), None)
 
 
-def _files(spec: str, split: str = "train", kinds: Sequence[str] = tuple(_KINDS)) -> list[str]:
-    """URIs of the files of these kinds that `spec` names, sorted; `split` chooses among those of a hub dataset."""
+def _files(
+    spec: str, split: str = "train", kinds: Sequence[str] = tuple(_KINDS), skipped: Counter[str] | None = None
+) -> list[str]:
+    """URIs of the files of these kinds that `spec` names, sorted; `split` chooses among those of a hub dataset.
+
+    Of a folder or glob, those that `skipped_files` tells of are left out and counted in `skipped`.
+    """
+    skipped = Counter() if skipped is None else skipped
     if spec in CORPORA:
         spec = f"hub:{CORPORA[spec].hub}"
     if spec.startswith("hub:"):
@@ -396,17 +420,24 @@ def _files(spec: str, split: str = "train", kinds: Sequence[str] = tuple(_KINDS)
             raise ValueError(f"{spec} is of no kind that can serve; these can: {suffixes}")
         paths = [root]
     elif info.type == pafs.FileType.Directory:
-        selector = pafs.FileSelector(root, recursive=True)
-        paths = [entry.path for entry in filesystem.get_file_info(selector) if entry.type == pafs.FileType.File]
-        paths = [path for path in paths if _kind(path) in kinds]
-        if fixed < len(parts):
-            pattern = "/".join([root.rstrip("/"), *parts[fixed:]])
-            paths = [path for path in paths if _matches(path, pattern)]
+        pattern = parts[fixed:] or ["**"]
+        paths = []
+        for path, size in _walk(filesystem, root):
+            names = path.removeprefix(root.rstrip("/")).lstrip("/").split("/")
+            if _kind(path) not in kinds or not _matches(names, pattern):
+                continue
+            if not _matches(names, pattern, hidden=False):
+                skipped["hidden"] += 1
+            elif not size and _kind(path) in ROW_KINDS:  # an empty text is a document, which is counted as one
+                skipped["empty"] += 1
+            else:
+                paths.append(path)
     else:
         paths = []
     if not paths:
         named = f"; the named corpora are {', '.join(CORPORA)}" if "/" not in spec else ""
-        raise FileNotFoundError(f"{spec} matches no file of a known kind ({suffixes}); check the path{named}")
+        besides = f" besides {skipped_text(skipped)}" if skipped else ""
+        raise FileNotFoundError(f"{spec} matches no file of a known kind ({suffixes}){besides}; check the path{named}")
     scheme = location.partition("://")[0] + "://" if "://" in location else ""
     return [f"{scheme}{path}{query}" for path in sorted(paths)]
 
@@ -451,16 +482,51 @@ def _hub_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-def _matches(path: str, pattern: str) -> bool:
-    """Glob match, component by component; `**` stands for any number of directories."""
-    names, globs = path.split("/"), pattern.split("/")
+def _walk(filesystem: pafs.FileSystem, root: str) -> Iterator[tuple[str, int]]:
+    """Path and size of every file below a folder."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        yield from _walk_here(root, ())
+        return
+    for entry in filesystem.get_file_info(pafs.FileSelector(root, recursive=True)):
+        if entry.type == pafs.FileType.File:
+            yield entry.path, entry.size
+
+
+def _walk_here(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """Links are followed, but not to a folder that is being read: `above`, by their real paths."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        names = os.listdir(folder)
+    except PermissionError:
+        if os.path.basename(folder).startswith(_HIDDEN):  # what a file system keeps to itself, such as .Trashes
+            return
+        raise
+    for path in (os.path.join(folder, name) for name in names):
+        if os.path.isdir(path):
+            yield from _walk_here(path, (*above, real))
+        elif os.path.isfile(path):
+            yield path, os.path.getsize(path)
+
+
+def _matches(names: Sequence[str], globs: Sequence[str], hidden: bool = True) -> bool:
+    """Glob match, component by component; `**` stands for any number of directories, or for all that is below.
+
+    Without `hidden` a wildcard stands for no name that begins as a hidden one does, as in a shell; a glob that begins
+    so itself means these.
+    """
+
+    def fits(name: str, glob: str) -> bool:
+        seen = hidden or not name.startswith(_HIDDEN) or glob.startswith(_HIDDEN)
+        return seen and (glob == "**" or fnmatch.fnmatchcase(name, glob))
 
     def match(i: int, j: int) -> bool:
         if j == len(globs):
             return i == len(names)
-        if globs[j] == "**":
-            return any(match(k, j + 1) for k in range(i, len(names) + 1))
-        return i < len(names) and fnmatch.fnmatchcase(names[i], globs[j]) and match(i + 1, j + 1)
+        if globs[j] == "**" and match(i, j + 1):
+            return True
+        return i < len(names) and fits(names[i], globs[j]) and match(i + 1, j + (globs[j] != "**"))
 
     return match(0, 0)
 

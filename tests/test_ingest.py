@@ -402,3 +402,23 @@ def test_a_corpus_that_is_all_rejected_says_why(tmp_path: Path, ray_here: None, 
     (directory / "a.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"does not fill one train row .*1 invalid_utf8"):
         ingested(tmp_path / "run", tokenizer, directory)
+
+
+def test_files_that_are_not_read_are_told_and_stay_told(tmp_path: Path, ray_here: None, tokenizer: Storage) -> None:
+    corpus, chats = write_corpus(tmp_path / "corpus", files=1), tmp_path / "chats"
+    (corpus / "._00.jsonl").write_bytes(b"\0")
+    chats.mkdir()
+    (chats / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (chats / "empty.parquet").write_text("")
+    (chats / "readme.txt").write_text("no record")
+    parts = {"chats": Part(source=str(chats))}
+    context = context_of(tmp_path / "run", tokenizer)
+    data = DataConfig(corpus=str(corpus), gsm8k="none", mid=parts, sft=parts, validation_documents=1)
+    with pytest.raises(ValueError, match="does not fill one"):
+        ingest.run(context, data, IngestConfig(), 1 << 20, 0)
+    assert ingest.skipped_in(data) == {str(corpus): {"hidden": 1}, str(chats): {"empty": 1}}
+    notes = context.storage.read_json(PROGRESS)["notes"]
+    assert sorted(notes) == [
+        f"{chats}: 1 file of no bytes not read",
+        f"{corpus}: 1 file hidden (a name begins with . or _) not read",
+    ]

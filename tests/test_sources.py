@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus import sources
-from corpus.sources import Document, count_records, read_records, read_unit, shards_needed, units
+from corpus.sources import Document, count_records, read_records, read_unit, shards_needed, skipped_files, units
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["one", "two\r\nlines", "", "dréi \u2028 日本", "  ", "five"]
@@ -245,6 +245,53 @@ def test_globs_directories_and_uris_name_the_same_files(tmp_path: Path, monkeypa
     assert documents(f"{tmp_path}/") == ["deep/er/train_2", "train_0", "train_1", "val_0"]
     monkeypatch.chdir(tmp_path)
     assert documents("train_*.parquet") == documents("./train_*.parquet") == ["train_0", "train_1"]
+
+
+def test_what_others_left_in_a_folder_is_not_read_but_counted(tmp_path: Path) -> None:
+    hidden = ["._a.parquet", ".git/x.txt", "deep/.ipynb_checkpoints/a.jsonl", "_temporary/0/p.parquet", ".cache/c.txt"]
+    for name in hidden:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("neither Parquet nor JSONL")
+    (tmp_path / "_SUCCESS").write_text("")
+    for name in ("d.parquet", "d.jsonl.gz"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(FileNotFoundError, match=r"besides (?=.*5 files hidden).*2 files of no bytes"):
+        units(str(tmp_path))
+    write_parquet(tmp_path / "deep" / "a.parquet", {"text": ["a"]})
+    for spec in (tmp_path, f"{tmp_path}/**", f"file://{tmp_path}"):
+        assert documents(spec) == ["a"]
+        assert list(read_records(str(spec))) == [{"text": "a"}] and count_records(str(spec)) == 1
+        assert skipped_files(str(spec)) == {"hidden": 5, "empty": 2}
+    (tmp_path / "b.txt").write_text("b")
+    assert skipped_files(f"{tmp_path}/*") == {"hidden": 1, "empty": 2}
+    assert not skipped_files(str(tmp_path / "b.txt")) and not skipped_files("synthetic")
+
+
+@pytest.mark.parametrize("spec", ["{}/_raw", "{}/_raw/*", "{}/_r*/*.txt", "{}/_raw/a.txt"])
+def test_hidden_names_that_are_asked_for_are_read(tmp_path: Path, spec: str) -> None:
+    (tmp_path / "_raw").mkdir()
+    (tmp_path / "_raw" / "a.txt").write_text("a")
+    assert documents(spec.format(tmp_path)) == ["a"]
+
+
+def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.PARQUET", {"text": ["a"]})
+    (tmp_path / "b.TXT").write_text("b")
+    write_jsonl(tmp_path / "c.JsonL", ["c", "d"])
+    for made, name in (("e.jsonl.gz", "e.JSONL.GZ"), ("f.jsonl.zst", "f.jsonl.ZST")):
+        write_jsonl(tmp_path / made, [name]).rename(tmp_path / name)
+    assert documents(tmp_path, unit_bytes=5) == ["a", "b", "c", "d", "e.JSONL.GZ", "f.jsonl.ZST"]
+    assert len(units(str(tmp_path), unit_bytes=5)) > 6, "JSONL is cut up"
+
+
+def test_a_link_to_a_folder_is_followed_but_never_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "data" / "a.txt").write_text("a")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    for link, target in (("self", "."), ("deep/up", ".."), ("other", "../elsewhere"), ("loop", "loop"), ("c.txt", "x")):
+        (tmp_path / "data" / link).symlink_to(target)
+    assert documents(tmp_path / "data") == ["a", "b"]
 
 
 def test_units_of_a_relative_path_work_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
