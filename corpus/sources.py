@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -39,6 +39,15 @@ _KINDS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst
 ROW_KINDS = ("parquet", "jsonl")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _HIDDEN = (".", "_")  # what begins so was left by an editor, a file system or an unfinished job
+_TEXT_TYPES = (
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+    pa.null(),
+)
 _CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f"))
 
 Unit = dict[str, Any]
@@ -94,8 +103,8 @@ def units(
 
     `spec` is a name in CORPORA, a file, a directory, a glob, an s3:// or gs:// URI of these, `hub:<dataset>[:config]`
     (its train split), or "synthetic" (`documents` texts of `seed`). `shards` takes the first so many files.
-    A unit is a Parquet row group, about `unit_bytes` of plain JSONL, or else a file; `bytes` is its size and `changed`
-    when its file last was, where known.
+    A unit is a Parquet row group, about `unit_bytes` of plain JSONL, or else a file; `bytes` is its size, `size` its
+    file's and `changed` when that last was, where known.
     Raises FileNotFoundError when nothing matches, ValueError when a file cannot serve.
     """
     if spec == SYNTHETIC:
@@ -119,9 +128,15 @@ def read_unit(unit: Unit, counts: Counter[str] | None = None) -> Iterator[Docume
     One longer than MAX_DOCUMENT comes in pieces that put together are the document. Each that is left out is counted
     in `counts` under why: empty, null, binary, invalid_utf8, not_json or too_long; those cut into pieces under split.
     Lines of a part of a file count from where the part begins, which `source` then names.
-    Raises ValueError for a file that is damaged or whose first record has no text column.
+    Raises ValueError for a file that is damaged, whose first record has no text column, or that is not what it was
+    when the units were made.
     """
     counts = Counter() if counts is None else counts
+    with _unchanged(unit):
+        yield from _documents(unit, counts)
+
+
+def _documents(unit: Unit, counts: Counter[str]) -> Iterator[Document]:
     source = str(unit.get("uri", unit["kind"]))
     if unit.get("start"):
         source += f" (from byte {unit['start']:,})"
@@ -147,6 +162,7 @@ def read_records(spec: str, split: str = "train") -> Iterator[dict[str, Any]]:
     for uri in _files(spec, split, ROW_KINDS):
         if _kind(uri) == "parquet":
             with _open_parquet(uri) as file:
+                _check_once(uri, file.schema_arrow, file.schema_arrow.names)
                 for batch in _batches(file, range(file.num_row_groups)):
                     yield from batch.to_pylist()
             continue
@@ -189,6 +205,35 @@ def skipped_text(skipped: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {'file' if count == 1 else 'files'} {why[name]}" for name, count in skipped.items())
 
 
+@contextmanager
+def _unchanged(unit: Unit) -> Iterator[None]:
+    """Raises ValueError where a unit's file is not what it was when the units were made, whatever that leads to."""
+    _check_unchanged(unit)
+    try:
+        yield
+    except (ValueError, IndexError):
+        _check_unchanged(unit)
+        raise
+    _check_unchanged(unit)
+
+
+def _check_unchanged(unit: Unit) -> None:
+    if "changed" not in unit:  # made here, or of the hub, where a file is named with its commit
+        return
+    filesystem, path = _filesystem(unit["uri"])
+    info = filesystem.get_file_info(path)
+    if (info.size, info.mtime_ns) != (unit["size"], unit["changed"]):
+        raise ValueError(changed_text(unit["uri"]))
+
+
+def changed_text(uri: str) -> str:
+    """What there is to say of a file that changes while it is read."""
+    return (
+        f"{uri} is not what it was when the files were listed: each is read more than once, on any machine, so none "
+        "may change before ingest is done; run the same command again to take it as it is"
+    )
+
+
 def _units_of_file(uri: str, column: str, unit_bytes: int) -> list[Unit]:
     unit = {"kind": _kind(uri), "uri": uri, "column": column}
     if uri.startswith("hf://"):
@@ -196,7 +241,7 @@ def _units_of_file(uri: str, column: str, unit_bytes: int) -> list[Unit]:
     filesystem, path = _filesystem(uri)
     info = filesystem.get_file_info(path)
     size = info.size
-    unit["changed"] = info.mtime_ns
+    unit |= {"size": size, "changed": info.mtime_ns}
     if unit["kind"] == "parquet":
         with _open_parquet(uri) as file:
             _check_text_column(uri, file.schema_arrow, column)
@@ -225,7 +270,7 @@ def _values(unit: Unit, counts: Counter[str]) -> Iterator[tuple[int, object]]:
 
 
 def _parquet_values(uri: str, column: str, row_group: int | None) -> Iterator[tuple[int, object]]:
-    with _open_parquet(uri) as file:
+    with _open_parquet(uri, plain=True) as file:
         _check_text_column(uri, file.schema_arrow, column)
         groups = range(file.num_row_groups) if row_group is None else range(row_group, row_group + 1)
         row = 1 + sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
@@ -297,12 +342,22 @@ def _piece_end(text: str, start: int) -> int:
 
 
 def _check_text_column(uri: str, schema: pa.Schema, column: str) -> None:
+    _check_once(uri, schema, [column])
     types = {field.name: field.type for field in schema}
     kind = types.get(column)
     if isinstance(kind, pa.DictionaryType):
         kind = kind.value_type
-    if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.null()):
+    if kind not in _TEXT_TYPES:
         raise _no_text_column(uri, column, types)
+
+
+def _check_once(uri: str, schema: pa.Schema, columns: Iterable[str]) -> None:
+    """Raises ValueError where several columns have the same of these names."""
+    if twice := sorted(name for name in set(columns) if len(schema.get_all_field_indices(name)) > 1):
+        raise ValueError(
+            f"{uri} has several columns named {', '.join(twice)}, so it does not say which one is meant: write it "
+            "again with a name for each"
+        )
 
 
 def _no_text_column(uri: str, column: str, types: Mapping[str, object]) -> ValueError:
@@ -314,8 +369,12 @@ def _no_text_column(uri: str, column: str, types: Mapping[str, object]) -> Value
 
 
 @contextmanager
-def _open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; what goes wrong while it is open names it."""
+def _open_parquet(uri: str, plain: bool = False) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; what goes wrong while it is open names it.
+
+    `plain` leaves out which Arrow types its columns had, so that a dictionary's values are read one by one: as a whole
+    it is refused for a single one that is not UTF-8.
+    """
     filesystem, path = _filesystem(uri)
     try:
         with pq.ParquetFile(path, filesystem=filesystem, buffer_size=READ_BYTES) as file:
@@ -324,9 +383,24 @@ def _open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
                     f"{uri} keeps Python objects in {', '.join(objects)}, and reading these would run code that comes "
                     "with the file: write it again with plain columns"
                 )
-            yield file
+            if plain and any(pa.types.is_dictionary(field.type) for field in file.schema_arrow):
+                metadata = _without_arrow_schema(filesystem, path)
+                with pq.ParquetFile(path, filesystem=filesystem, buffer_size=READ_BYTES, metadata=metadata) as columns:
+                    yield columns
+            else:
+                yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{uri} is not readable Parquet: {error}") from error
+
+
+def _without_arrow_schema(filesystem: pafs.FileSystem, path: str) -> pq.FileMetaData:
+    """What a Parquet file's footer says, but for the Arrow schema in it, which readers would follow."""
+    with filesystem.open_input_file(path) as stream:
+        size = stream.size()
+        length = int.from_bytes(stream.read_at(4, size - 8), "little")
+        footer: bytes = stream.read_at(length + 8, size - length - 8)
+    renamed = footer.replace(b"ARROW:schema", b"arrow:schema")  # a key of metadata; none of that name is known
+    return pq.read_metadata(pa.BufferReader(b"PAR1" + renamed))
 
 
 def _holds_objects(kind: pa.DataType) -> bool:

@@ -28,7 +28,7 @@ from cluster.storage import READ_TRIES, FileEntry, Storage, StorageError
 from corpus.packing import Document as Packed
 from corpus.packing import Packing, pack
 from corpus.rows import ROWS_FILE, write_index
-from corpus.sources import ROW_KINDS, Document, Unit, read_unit, skipped_files, skipped_text, units
+from corpus.sources import ROW_KINDS, Document, Unit, changed_text, read_unit, skipped_files, skipped_text, units
 from corpus.synthetic import Split
 from corpus.tokenizers import Tokenizer, UnknownCharacterError
 from stages.config import DataConfig, IngestConfig
@@ -267,6 +267,8 @@ def pack_shard(row: dict[str, Any], context: StageContext, packing: Packing, row
         number = shard["number"] - 1  # of the document; its pieces stay together
         for i, document in enumerate(documents_of(shard, rejected)):
             number += document.first
+            if kept is not None and i >= len(kept):  # it grows
+                raise ValueError(changed_text(document.source))
             if kept is not None and not kept[i]:
                 counts["duplicates"] += 1
                 continue

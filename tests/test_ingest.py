@@ -422,3 +422,22 @@ def test_files_that_are_not_read_are_told_and_stay_told(tmp_path: Path, ray_here
         f"{chats}: 1 file of no bytes not read",
         f"{corpus}: 1 file hidden (a name begins with . or _) not read",
     ]
+
+
+def test_a_file_that_changes_between_or_within_the_passes_is_named(tmp_path: Path, tokenizer: Storage) -> None:
+    """A line in front would part the documents from what is known of them."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ["twice", "once", "twice", *map(str, range(9))])
+    )
+    context = context_of(tmp_path / "run", tokenizer)
+    row: dict[str, Any] = {"index": 0, "shard": json.dumps(ingest.corpus_shards(DataConfig(corpus=str(path)), 1, 0)[0])}
+    ingest.hash_shard(row, context)
+    hashes = ingest.read_hashes(context.storage, row)
+    assert hashes is not None and len(hashes) == 12
+    (kept,) = ingest.unique_in([hashes], [np.empty(0, dtype=np.uint64)] * ingest.PARTITIONS)
+    with pytest.raises(ValueError, match=r"a\.jsonl is not what it was"):  # it had fewer than in the second pass
+        ingest.pack_shard(row | {"kept": kept[:1]}, context, "best_fit", ROW_LEN)
+    path.write_text('{"text": "new"}\n' + path.read_text())
+    with pytest.raises(ValueError, match=r"a\.jsonl is not what it was"):
+        ingest.pack_shard(row | {"kept": kept}, context, "best_fit", ROW_LEN)

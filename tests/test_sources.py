@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -82,7 +83,10 @@ def test_parquet_row_groups_are_units(tmp_path: Path) -> None:
     assert counts == {"empty": 2, "null": 1}
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()]
+
+
+@pytest.mark.parametrize("kind", [*TEXT_TYPES, pa.dictionary(pa.int32(), pa.string())], ids=str)
 def test_every_column_of_text_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     column = pa.array(["a", None, "b"], None if pa.types.is_dictionary(kind) else kind)
     if pa.types.is_dictionary(kind):
@@ -162,6 +166,51 @@ def test_bad_values_in_parquet_are_counted(tmp_path: Path, monkeypatch: pytest.M
     assert counts == {"invalid_utf8": 1, "empty": 1, "binary": 1}
     nothing, counts = read(write_parquet(tmp_path / "b.parquet", {"text": pa.array([None, None])}))
     assert not nothing and counts == {"null": 2}
+
+
+def test_a_bad_value_of_a_dictionary_or_view_is_counted_as_any(tmp_path: Path) -> None:
+    values = strings([b"one", NOT_UTF8 * 3, "dréi".encode()])
+    view = pa.Array.from_buffers(pa.string_view(), 3, values.cast(pa.binary()).cast(pa.binary_view()).buffers())
+    of_values = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 2, 0]), values)
+    for column, lines in ((of_values, [1, 4, 5]), (view, [1, 3])):
+        found, counts = read(write_parquet(tmp_path / "a.parquet", {"text": column}, row_group_size=10))
+        texts = ["one", "dréi", "one"][: len(lines)]
+        assert [(document.text, document.line) for document in found] == list(zip(texts, lines, strict=True))
+        assert counts == ({"invalid_utf8": 1, "null": 1} if column is of_values else {"invalid_utf8": 1})
+
+
+def test_columns_of_one_name_are_refused_with_the_file(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], ["text", "text", "body"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    for failing in (units, lambda spec: list(read_records(spec))):
+        with pytest.raises(ValueError, match=r"a\.parquet has several columns named text,"):
+            failing(str(tmp_path))
+    assert documents(tmp_path, text_column="body") == ["c"]
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "longer": lambda path: path.write_bytes(path.read_bytes() * 2),
+    "shorter": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "new": lambda path: os.utime(path, ns=(0, 0)),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_file_that_changes_is_named_before_and_while_it_is_read(tmp_path: Path, name: str, change: str) -> None:
+    path, texts = tmp_path / name, [f"{i} words" for i in range(40)]
+    for begun in (False, True):
+        if name == "a.txt":
+            path.write_text("words")
+        else:
+            write_parquet(path, {"text": texts}, 40) if name == "a.parquet" else write_jsonl(path, texts)
+        reading = read_unit(units(str(path), unit_bytes=100)[-1])
+        if begun:
+            next(reading)
+        CHANGES[change](path)
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is not what it was.*run the same command"):
+            list(reading)
 
 
 def test_bad_text_files_are_counted(tmp_path: Path) -> None:
