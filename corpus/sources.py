@@ -25,6 +25,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from corpus import synthetic
+from corpus.utf8 import valid
 
 SYNTHETIC = "synthetic"
 TEXT_COLUMN = "text"
@@ -48,6 +49,7 @@ _TEXT_TYPES = (
     pa.binary_view(),
     pa.null(),
 )
+_MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # escaped, or as UTF-8 would be if it had any
 _CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f"))
 
 Unit = dict[str, Any]
@@ -157,6 +159,8 @@ def _documents(unit: Unit, counts: Counter[str]) -> Iterator[Document]:
 def read_records(spec: str, split: str = "train") -> Iterator[dict[str, Any]]:
     """Whole rows of JSONL or Parquet files, or of a hub dataset's `split`: conversations, GSM8K problems.
 
+    Half a surrogate pair in a row, as where a text was cut within an emoji, is U+FFFD, as it is to every tokenizer: a
+    record is too dear to be left out for it.
     Raises ValueError for a damaged file or line.
     """
     for uri in _files(spec, split, ROW_KINDS):
@@ -169,6 +173,8 @@ def read_records(spec: str, split: str = "train") -> Iterator[dict[str, Any]]:
         for number, line in _lines(uri):
             try:
                 row = json.loads(line or b"")
+                if _MAYBE_SURROGATE.search(line or b""):
+                    row = json.loads(valid(json.dumps(row, ensure_ascii=False)))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{uri}, line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):

@@ -20,6 +20,7 @@ import rustbpe
 import tiktoken
 
 from corpus.chat_template import chat_template, escapes, unescapes
+from corpus.utf8 import valid
 from corpus.vocabularies import ENCODINGS, Ranks, TokenizerJson, byte_level, gpt4_pattern, parse_ranks, read
 
 __all__ = ["ENCODINGS", "SPECIAL_TOKENS", "BytePairs", "Tokenizer", "UnknownCharacterError", "fixed_vocab_size"]
@@ -79,7 +80,7 @@ class Tokenizer(ABC):
         if vocab_size < least:
             raise ValueError(f"vocab_size {vocab_size} is too small: it holds at least {least} (bytes, special tokens)")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(map(_valid, texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        trainer.train_from_iterator(map(valid, texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         return BytePairs.of(Ranks(ranks, SPLIT_PATTERN, {}))
 
@@ -236,7 +237,7 @@ class BytePairs(Tokenizer):
         return _add_special(fast, self._special)
 
     def encode_array(self, text: str) -> np.ndarray:
-        text = _valid(text)
+        text = valid(text)
         pieces = [
             self.encoding.encode_to_numpy(text[start : start + MAX_PIECE], disallowed_special=())
             for start in range(0, len(text) or 1, MAX_PIECE)
@@ -311,7 +312,7 @@ class _FromJson(Tokenizer):
         return self._tokenizer
 
     def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(_valid(text), add_special_tokens=False).ids, dtype=np.uint32)
+        return np.array(self._tokenizer.encode(valid(text), add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -409,15 +410,6 @@ def _parse_json(text: str) -> Any:
         return FastTokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more exact
         raise ValueError(f"its tokenizer.json cannot be read: {error}") from error
-
-
-def _valid(text: str) -> str:
-    """`text` as UTF-8 can hold it: surrogate pairs joined, halves of one replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _code_points(text: str) -> np.ndarray:

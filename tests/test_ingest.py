@@ -33,8 +33,10 @@ from pipeline.run import note_end
 from stages import ingest
 from stages.config import DataConfig, IngestConfig
 from stages.context import GROWING, PROGRESS, SOURCES, StageContext
-from stages.conversations import ingest_mixture
+from stages.conversations import ingest_mixture, task_problems, write_problems
 from stages.growing import NOTES, open_rows, wait_until_made
+from tasks.base import Problem
+from tasks.gsm8k import GSM8K
 from tasks.mixture import Part
 
 ROW_LEN = 129
@@ -402,6 +404,15 @@ def test_a_corpus_that_is_all_rejected_says_why(tmp_path: Path, ray_here: None, 
     (directory / "a.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"does not fill one train row .*1 invalid_utf8"):
         ingested(tmp_path / "run", tokenizer, directory)
+
+
+def test_a_problem_with_half_a_surrogate_pair_is_ingested_as_a_chat_with_one(tmp_path: Path) -> None:
+    rows = r'{"question": "\ud83d?", "answer": "#### 4\ude00"}'
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    problems = task_problems(DataConfig(gsm8k=str(tmp_path)), "test", 0)
+    write_problems(tmp_path / "task" / "test.jsonl", problems)
+    assert GSM8K(str(tmp_path / "task")).problems("test") == [Problem("\ufffd?", "#### 4\ufffd")]
 
 
 def test_files_that_are_not_read_are_told_and_stay_told(tmp_path: Path, ray_here: None, tokenizer: Storage) -> None:

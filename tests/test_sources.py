@@ -365,6 +365,13 @@ def test_parquet_rows_are_records(tmp_path: Path) -> None:
     assert list(read_records(str(tmp_path / "chat.parquet"))) == rows
 
 
+def test_half_a_surrogate_pair_in_a_record_is_the_replacement_character(tmp_path: Path) -> None:
+    lines = [rb'{"question": "\ud83d!", "n": [{"\uDE00": "\ud83d\ude00"}, 1.5, null]}', b'{"question": "\xed\xa0\xbd"}']
+    first, second = read_records(str(write_lines(tmp_path / "a.jsonl", lines)))
+    assert first == {"question": "\ufffd!", "n": [{"\ufffd": "\U0001f600"}, 1.5, None]}
+    assert second["question"].encode()
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_records_are_counted_as_they_are_read(tmp_path: Path, name: str) -> None:
     if name == "a.parquet":
