@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,6 +44,13 @@ SPLIT_PATTERN = gpt4_pattern(digits=2)
 
 # Characters given to tiktoken at once: its regex overflows its stack on a run of a few million spaces.
 MAX_PIECE = 400_000
+
+# Characters of a run of white space, or of anything else, that training is given at once: what is written of a token
+# grows with the square of its length, and rustbpe's regex overflows its stack on a million spaces. No less than what is
+# used of a document by default, so that only for who asks for more is anything cut.
+MAX_RUN = 10_000
+# From where a run begins: one that is tried from each of its characters would take the square of its length.
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1},}}|(?<!\s)\s{{{MAX_RUN + 1},}}")
 
 META_FILE, RANKS_FILE, BYTES_FILE = "tokenizer_meta.json", "ranks.tiktoken", "token_bytes.npy"
 JSON_FILE = "tokenizer.json"
@@ -80,7 +89,8 @@ class Tokenizer(ABC):
         if vocab_size < least:
             raise ValueError(f"vocab_size {vocab_size} is too small: it holds at least {least} (bytes, special tokens)")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(map(valid, texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        pieces = (piece for text in texts for piece in _bounded(valid(text)))
+        trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         return BytePairs.of(Ranks(ranks, SPLIT_PATTERN, {}))
 
@@ -410,6 +420,13 @@ def _parse_json(text: str) -> Any:
         return FastTokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more exact
         raise ValueError(f"its tokenizer.json cannot be read: {error}") from error
+
+
+def _bounded(text: str) -> list[str]:
+    """`text`, cut wherever a run of white space, or of anything else, has come to MAX_RUN characters."""
+    runs = _LONG_RUN.finditer(text)
+    cuts = [cut for run in runs for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
 def _code_points(text: str) -> np.ndarray:
