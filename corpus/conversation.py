@@ -3,11 +3,14 @@
 A conversation is `{"messages": [{"role", "content"}]}` with the roles system, user, assistant and tool. The content is
 a string or a list of `{"type": "text" | "python" | "python_output", "text"}`: a call of the calculator and its result.
 A message of the role tool is such a result too: it stands in the turn of the assistant that called, which then goes on.
+`tool_calls` of the calculator, as in OpenAI's API, are calls too; of any other tool they make a message malformed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import reprlib
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +26,7 @@ _PARTS = {
     "python": ("<|python_start|>", "<|python_end|>", True),
     "python_output": ("<|output_start|>", "<|output_end|>", False),
 }
+_CALCULATORS = ("python", "calculator", "calculate")  # what data calls it
 # what ShareGPT calls the roles
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -57,8 +61,11 @@ def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_len: int) -> 
 
     The mask is 1 on what the assistant writes (text, calls, `<|assistant_end|>`), 0 on everything it is given.
     Later exchanges that do not fit are dropped whole; both arrays are empty when not even the first one fits.
-    Raises ValueError on a malformed message.
+    Raises ValueError on a malformed message, or one of the assistant that says nothing.
     """
+    for role, parts in map(_checked, conversation["messages"]):
+        if role == "assistant" and not any(part["text"].strip() for part in parts):
+            raise ValueError("a message of the assistant is empty")
     ids, mask, kept = [tokenizer.bos], [0], 0
     for role, parts in _turns(conversation["messages"]):
         turn_ids, turn_mask = _render_turn(role, parts, tokenizer)
@@ -116,14 +123,37 @@ def _checked(message: Any) -> tuple[str, list[dict[str, str]]]:
     """Role and parts of a message."""
     if not isinstance(message, dict):
         raise ValueError(f"a message must be an object with role and content, got {reprlib.repr(message)}")
-    role, content = message.get("role"), message.get("content")
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls") or []
+    if not isinstance(calls, list) or len(calls) > (role == "assistant"):  # a result follows before the next call
+        raise ValueError(
+            f"a message of the role {reprlib.repr(role)} has the tool_calls {reprlib.repr(calls)}; one of the "
+            "assistant has one at most, as a list"
+        )
+    if calls and content is None:
+        content = []
     if role not in _ROLES:
         raise ValueError(f"a message has the role {reprlib.repr(role)}; the roles are {', '.join(_ROLES)}")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
         found = reprlib.repr(content)
         raise ValueError(f"a message's content is neither text nor parts of {', '.join(_PARTS)}: {found}")
-    return role, parts
+    return role, [*parts, *map(_from_tool_call, calls)]
+
+
+def _from_tool_call(call: Any) -> dict[str, str]:
+    """The part that says the same as one of OpenAI's tool calls."""
+    function = call.get("function") if isinstance(call, dict) else None
+    name, arguments = (function.get(key) for key in ("name", "arguments")) if isinstance(function, dict) else (None, "")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+    values = list(arguments.values()) if isinstance(arguments, dict) else []
+    if name not in _CALCULATORS or len(values) != 1 or not isinstance(values[0], str):
+        raise ValueError(
+            f"a message calls {reprlib.repr(name)} with {reprlib.repr(arguments)}; the only tool here is the "
+            f"calculator ({', '.join(_CALCULATORS)}), with one string"
+        )
+    return {"type": "python", "text": values[0]}
 
 
 def _is_part(part: Any) -> bool:

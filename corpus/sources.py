@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -25,6 +25,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from corpus import synthetic
+from corpus.utf8 import valid
 
 SYNTHETIC = "synthetic"
 TEXT_COLUMN = "text"
@@ -37,6 +38,18 @@ READ_BYTES = 4 << 20
 
 _KINDS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "txt": (".txt",)}
 ROW_KINDS = ("parquet", "jsonl")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_HIDDEN = (".", "_")  # what begins so was left by an editor, a file system or an unfinished job
+_TEXT_TYPES = (
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+    pa.null(),
+)
+_MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # escaped, or as UTF-8 would be if it had any
 _CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f"))
 
 Unit = dict[str, Any]
@@ -92,8 +105,8 @@ def units(
 
     `spec` is a name in CORPORA, a file, a directory, a glob, an s3:// or gs:// URI of these, `hub:<dataset>[:config]`
     (its train split), or "synthetic" (`documents` texts of `seed`). `shards` takes the first so many files.
-    A unit is a Parquet row group, about `unit_bytes` of plain JSONL, or else a file; `bytes` is its size and `changed`
-    when its file last was, where known.
+    A unit is a Parquet row group, about `unit_bytes` of plain JSONL, or else a file; `bytes` is its size, `size` its
+    file's and `changed` when that last was, where known.
     Raises FileNotFoundError when nothing matches, ValueError when a file cannot serve.
     """
     if spec == SYNTHETIC:
@@ -117,9 +130,15 @@ def read_unit(unit: Unit, counts: Counter[str] | None = None) -> Iterator[Docume
     One longer than MAX_DOCUMENT comes in pieces that put together are the document. Each that is left out is counted
     in `counts` under why: empty, null, binary, invalid_utf8, not_json or too_long; those cut into pieces under split.
     Lines of a part of a file count from where the part begins, which `source` then names.
-    Raises ValueError for a file that is damaged or whose first record has no text column.
+    Raises ValueError for a file that is damaged, whose first record has no text column, or that is not what it was
+    when the units were made.
     """
     counts = Counter() if counts is None else counts
+    with _unchanged(unit):
+        yield from _documents(unit, counts)
+
+
+def _documents(unit: Unit, counts: Counter[str]) -> Iterator[Document]:
     source = str(unit.get("uri", unit["kind"]))
     if unit.get("start"):
         source += f" (from byte {unit['start']:,})"
@@ -140,17 +159,22 @@ def read_unit(unit: Unit, counts: Counter[str] | None = None) -> Iterator[Docume
 def read_records(spec: str, split: str = "train") -> Iterator[dict[str, Any]]:
     """Whole rows of JSONL or Parquet files, or of a hub dataset's `split`: conversations, GSM8K problems.
 
+    Half a surrogate pair in a row, as where a text was cut within an emoji, is U+FFFD, as it is to every tokenizer: a
+    record is too dear to be left out for it.
     Raises ValueError for a damaged file or line.
     """
     for uri in _files(spec, split, ROW_KINDS):
         if _kind(uri) == "parquet":
             with _open_parquet(uri) as file:
+                _check_once(uri, file.schema_arrow, file.schema_arrow.names)
                 for batch in _batches(file, range(file.num_row_groups)):
                     yield from batch.to_pylist()
             continue
         for number, line in _lines(uri):
             try:
                 row = json.loads(line or b"")
+                if _MAYBE_SURROGATE.search(line or b""):
+                    row = json.loads(valid(json.dumps(row, ensure_ascii=False)))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{uri}, line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
@@ -172,6 +196,50 @@ def count_records(spec: str, split: str = "train", limit: int | None = None) -> 
     return count if limit is None else min(count, limit)
 
 
+def skipped_files(spec: str, kinds: Sequence[str] = tuple(_KINDS)) -> Counter[str]:
+    """How many files of a folder or glob are not read, by why: `hidden`, as their name or that of a folder below `spec`
+    begins with a dot or an underscore, or `empty`, as Parquet or JSONL of no bytes holds no record."""
+    skipped: Counter[str] = Counter()
+    if spec != SYNTHETIC and spec not in CORPORA and not spec.startswith("hub:"):
+        _files(spec, kinds=kinds, skipped=skipped)
+    return skipped
+
+
+def skipped_text(skipped: Mapping[str, int]) -> str:
+    """What `skipped_files` found, for people."""
+    why = {"hidden": "hidden (a name begins with . or _)", "empty": "of no bytes"}
+    return ", ".join(f"{count:,} {'file' if count == 1 else 'files'} {why[name]}" for name, count in skipped.items())
+
+
+@contextmanager
+def _unchanged(unit: Unit) -> Iterator[None]:
+    """Raises ValueError where a unit's file is not what it was when the units were made, whatever that leads to."""
+    _check_unchanged(unit)
+    try:
+        yield
+    except (ValueError, IndexError):
+        _check_unchanged(unit)
+        raise
+    _check_unchanged(unit)
+
+
+def _check_unchanged(unit: Unit) -> None:
+    if "changed" not in unit:  # made here, or of the hub, where a file is named with its commit
+        return
+    filesystem, path = _filesystem(unit["uri"])
+    info = filesystem.get_file_info(path)
+    if (info.size, info.mtime_ns) != (unit["size"], unit["changed"]):
+        raise ValueError(changed_text(unit["uri"]))
+
+
+def changed_text(uri: str) -> str:
+    """What there is to say of a file that changes while it is read."""
+    return (
+        f"{uri} is not what it was when the files were listed: each is read more than once, on any machine, so none "
+        "may change before ingest is done; run the same command again to take it as it is"
+    )
+
+
 def _units_of_file(uri: str, column: str, unit_bytes: int) -> list[Unit]:
     unit = {"kind": _kind(uri), "uri": uri, "column": column}
     if uri.startswith("hf://"):
@@ -179,13 +247,13 @@ def _units_of_file(uri: str, column: str, unit_bytes: int) -> list[Unit]:
     filesystem, path = _filesystem(uri)
     info = filesystem.get_file_info(path)
     size = info.size
-    unit["changed"] = info.mtime_ns
+    unit |= {"size": size, "changed": info.mtime_ns}
     if unit["kind"] == "parquet":
         with _open_parquet(uri) as file:
             _check_text_column(uri, file.schema_arrow, column)
             sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
         return [unit | {"row_group": i, "bytes": size} for i, size in enumerate(sizes)]
-    if not path.endswith(".jsonl") or size <= unit_bytes:
+    if not path.lower().endswith(".jsonl") or size <= unit_bytes:
         return [unit | {"bytes": size}]
     parts = [(start, min(start + unit_bytes, size)) for start in range(0, size, unit_bytes)]
     return [unit | {"start": start, "stop": stop, "bytes": stop - start} for start, stop in parts]
@@ -208,7 +276,7 @@ def _values(unit: Unit, counts: Counter[str]) -> Iterator[tuple[int, object]]:
 
 
 def _parquet_values(uri: str, column: str, row_group: int | None) -> Iterator[tuple[int, object]]:
-    with _open_parquet(uri) as file:
+    with _open_parquet(uri, plain=True) as file:
         _check_text_column(uri, file.schema_arrow, column)
         groups = range(file.num_row_groups) if row_group is None else range(row_group, row_group + 1)
         row = 1 + sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
@@ -280,12 +348,22 @@ def _piece_end(text: str, start: int) -> int:
 
 
 def _check_text_column(uri: str, schema: pa.Schema, column: str) -> None:
+    _check_once(uri, schema, [column])
     types = {field.name: field.type for field in schema}
     kind = types.get(column)
     if isinstance(kind, pa.DictionaryType):
         kind = kind.value_type
-    if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.null()):
+    if kind not in _TEXT_TYPES:
         raise _no_text_column(uri, column, types)
+
+
+def _check_once(uri: str, schema: pa.Schema, columns: Iterable[str]) -> None:
+    """Raises ValueError where several columns have the same of these names."""
+    if twice := sorted(name for name in set(columns) if len(schema.get_all_field_indices(name)) > 1):
+        raise ValueError(
+            f"{uri} has several columns named {', '.join(twice)}, so it does not say which one is meant: write it "
+            "again with a name for each"
+        )
 
 
 def _no_text_column(uri: str, column: str, types: Mapping[str, object]) -> ValueError:
@@ -297,8 +375,12 @@ def _no_text_column(uri: str, column: str, types: Mapping[str, object]) -> Value
 
 
 @contextmanager
-def _open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file; what goes wrong while it is open names it."""
+def _open_parquet(uri: str, plain: bool = False) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; what goes wrong while it is open names it.
+
+    `plain` leaves out which Arrow types its columns had, so that a dictionary's values are read one by one: as a whole
+    it is refused for a single one that is not UTF-8.
+    """
     filesystem, path = _filesystem(uri)
     try:
         with pq.ParquetFile(path, filesystem=filesystem, buffer_size=READ_BYTES) as file:
@@ -307,9 +389,24 @@ def _open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
                     f"{uri} keeps Python objects in {', '.join(objects)}, and reading these would run code that comes "
                     "with the file: write it again with plain columns"
                 )
-            yield file
+            if plain and any(pa.types.is_dictionary(field.type) for field in file.schema_arrow):
+                metadata = _without_arrow_schema(filesystem, path)
+                with pq.ParquetFile(path, filesystem=filesystem, buffer_size=READ_BYTES, metadata=metadata) as columns:
+                    yield columns
+            else:
+                yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{uri} is not readable Parquet: {error}") from error
+
+
+def _without_arrow_schema(filesystem: pafs.FileSystem, path: str) -> pq.FileMetaData:
+    """What a Parquet file's footer says, but for the Arrow schema in it, which readers would follow."""
+    with filesystem.open_input_file(path) as stream:
+        size = stream.size()
+        length = int.from_bytes(stream.read_at(4, size - 8), "little")
+        footer: bytes = stream.read_at(length + 8, size - length - 8)
+    renamed = footer.replace(b"ARROW:schema", b"arrow:schema")  # a key of metadata; none of that name is known
+    return pq.read_metadata(pa.BufferReader(b"PAR1" + renamed))
 
 
 def _holds_objects(kind: pa.DataType) -> bool:
@@ -338,7 +435,8 @@ def _open_lines(uri: str, start: int = 0) -> Iterator[BinaryIO]:
             raw = filesystem.open_input_file(path)
             raw.seek(start)
         else:
-            raw = filesystem.open_input_stream(path, buffer_size=READ_BYTES)
+            codec = _COMPRESSIONS.get(os.path.splitext(path)[1].lower())
+            raw = filesystem.open_input_stream(path, compression=codec, buffer_size=READ_BYTES)
         # A pyarrow stream is a binary file in all but its declared type.
         with io.BufferedReader(cast(io.RawIOBase, raw), READ_BYTES) as stream:
             yield cast(BinaryIO, stream)
@@ -374,12 +472,18 @@ def _skip_line(stream: BinaryIO) -> int:
 
 
 def _kind(uri: str) -> str | None:
-    path = _split_query(uri)[0]
+    path = _split_query(uri)[0].lower()
     return next((kind for kind, suffixes in _KINDS.items() if path.endswith(suffixes)), None)
 
 
-def _files(spec: str, split: str = "train", kinds: Sequence[str] = tuple(_KINDS)) -> list[str]:
-    """URIs of the files of these kinds that `spec` names, sorted; `split` chooses among those of a hub dataset."""
+def _files(
+    spec: str, split: str = "train", kinds: Sequence[str] = tuple(_KINDS), skipped: Counter[str] | None = None
+) -> list[str]:
+    """URIs of the files of these kinds that `spec` names, sorted; `split` chooses among those of a hub dataset.
+
+    Of a folder or glob, those that `skipped_files` tells of are left out and counted in `skipped`.
+    """
+    skipped = Counter() if skipped is None else skipped
     if spec in CORPORA:
         spec = f"hub:{CORPORA[spec].hub}"
     if spec.startswith("hub:"):
@@ -396,17 +500,24 @@ def _files(spec: str, split: str = "train", kinds: Sequence[str] = tuple(_KINDS)
             raise ValueError(f"{spec} is of no kind that can serve; these can: {suffixes}")
         paths = [root]
     elif info.type == pafs.FileType.Directory:
-        selector = pafs.FileSelector(root, recursive=True)
-        paths = [entry.path for entry in filesystem.get_file_info(selector) if entry.type == pafs.FileType.File]
-        paths = [path for path in paths if _kind(path) in kinds]
-        if fixed < len(parts):
-            pattern = "/".join([root.rstrip("/"), *parts[fixed:]])
-            paths = [path for path in paths if _matches(path, pattern)]
+        pattern = parts[fixed:] or ["**"]
+        paths = []
+        for path, size in _walk(filesystem, root):
+            names = path.removeprefix(root.rstrip("/")).lstrip("/").split("/")
+            if _kind(path) not in kinds or not _matches(names, pattern):
+                continue
+            if not _matches(names, pattern, hidden=False):
+                skipped["hidden"] += 1
+            elif not size and _kind(path) in ROW_KINDS:  # an empty text is a document, which is counted as one
+                skipped["empty"] += 1
+            else:
+                paths.append(path)
     else:
         paths = []
     if not paths:
         named = f"; the named corpora are {', '.join(CORPORA)}" if "/" not in spec else ""
-        raise FileNotFoundError(f"{spec} matches no file of a known kind ({suffixes}); check the path{named}")
+        besides = f" besides {skipped_text(skipped)}" if skipped else ""
+        raise FileNotFoundError(f"{spec} matches no file of a known kind ({suffixes}){besides}; check the path{named}")
     scheme = location.partition("://")[0] + "://" if "://" in location else ""
     return [f"{scheme}{path}{query}" for path in sorted(paths)]
 
@@ -451,16 +562,51 @@ def _hub_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-def _matches(path: str, pattern: str) -> bool:
-    """Glob match, component by component; `**` stands for any number of directories."""
-    names, globs = path.split("/"), pattern.split("/")
+def _walk(filesystem: pafs.FileSystem, root: str) -> Iterator[tuple[str, int]]:
+    """Path and size of every file below a folder."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        yield from _walk_here(root, ())
+        return
+    for entry in filesystem.get_file_info(pafs.FileSelector(root, recursive=True)):
+        if entry.type == pafs.FileType.File:
+            yield entry.path, entry.size
+
+
+def _walk_here(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """Links are followed, but not to a folder that is being read: `above`, by their real paths."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        names = os.listdir(folder)
+    except PermissionError:
+        if os.path.basename(folder).startswith(_HIDDEN):  # what a file system keeps to itself, such as .Trashes
+            return
+        raise
+    for path in (os.path.join(folder, name) for name in names):
+        if os.path.isdir(path):
+            yield from _walk_here(path, (*above, real))
+        elif os.path.isfile(path):
+            yield path, os.path.getsize(path)
+
+
+def _matches(names: Sequence[str], globs: Sequence[str], hidden: bool = True) -> bool:
+    """Glob match, component by component; `**` stands for any number of directories, or for all that is below.
+
+    Without `hidden` a wildcard stands for no name that begins as a hidden one does, as in a shell; a glob that begins
+    so itself means these.
+    """
+
+    def fits(name: str, glob: str) -> bool:
+        seen = hidden or not name.startswith(_HIDDEN) or glob.startswith(_HIDDEN)
+        return seen and (glob == "**" or fnmatch.fnmatchcase(name, glob))
 
     def match(i: int, j: int) -> bool:
         if j == len(globs):
             return i == len(names)
-        if globs[j] == "**":
-            return any(match(k, j + 1) for k in range(i, len(names) + 1))
-        return i < len(names) and fnmatch.fnmatchcase(names[i], globs[j]) and match(i + 1, j + 1)
+        if globs[j] == "**" and match(i, j + 1):
+            return True
+        return i < len(names) and fits(names[i], globs[j]) and match(i + 1, j + (globs[j] != "**"))
 
     return match(0, 0)
 

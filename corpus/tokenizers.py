@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +22,7 @@ import rustbpe
 import tiktoken
 
 from corpus.chat_template import chat_template, escapes, unescapes
+from corpus.utf8 import valid
 from corpus.vocabularies import ENCODINGS, Ranks, TokenizerJson, byte_level, gpt4_pattern, parse_ranks, read
 
 __all__ = ["ENCODINGS", "SPECIAL_TOKENS", "BytePairs", "Tokenizer", "UnknownCharacterError", "fixed_vocab_size"]
@@ -41,6 +44,13 @@ SPLIT_PATTERN = gpt4_pattern(digits=2)
 
 # Characters given to tiktoken at once: its regex overflows its stack on a run of a few million spaces.
 MAX_PIECE = 400_000
+
+# Characters of a run of white space, or of anything else, that training is given at once: what is written of a token
+# grows with the square of its length, and rustbpe's regex overflows its stack on a million spaces. No less than what is
+# used of a document by default, so that only for who asks for more is anything cut.
+MAX_RUN = 10_000
+# From where a run begins: one that is tried from each of its characters would take the square of its length.
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1},}}|(?<!\s)\s{{{MAX_RUN + 1},}}")
 
 META_FILE, RANKS_FILE, BYTES_FILE = "tokenizer_meta.json", "ranks.tiktoken", "token_bytes.npy"
 JSON_FILE = "tokenizer.json"
@@ -79,7 +89,8 @@ class Tokenizer(ABC):
         if vocab_size < least:
             raise ValueError(f"vocab_size {vocab_size} is too small: it holds at least {least} (bytes, special tokens)")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(map(_valid, texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        pieces = (piece for text in texts for piece in _bounded(valid(text)))
+        trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         return BytePairs.of(Ranks(ranks, SPLIT_PATTERN, {}))
 
@@ -236,7 +247,7 @@ class BytePairs(Tokenizer):
         return _add_special(fast, self._special)
 
     def encode_array(self, text: str) -> np.ndarray:
-        text = _valid(text)
+        text = valid(text)
         pieces = [
             self.encoding.encode_to_numpy(text[start : start + MAX_PIECE], disallowed_special=())
             for start in range(0, len(text) or 1, MAX_PIECE)
@@ -311,7 +322,7 @@ class _FromJson(Tokenizer):
         return self._tokenizer
 
     def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(_valid(text), add_special_tokens=False).ids, dtype=np.uint32)
+        return np.array(self._tokenizer.encode(valid(text), add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -411,13 +422,11 @@ def _parse_json(text: str) -> Any:
         raise ValueError(f"its tokenizer.json cannot be read: {error}") from error
 
 
-def _valid(text: str) -> str:
-    """`text` as UTF-8 can hold it: surrogate pairs joined, halves of one replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+def _bounded(text: str) -> list[str]:
+    """`text`, cut wherever a run of white space, or of anything else, has come to MAX_RUN characters."""
+    runs = _LONG_RUN.finditer(text)
+    cuts = [cut for run in runs for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
 def _code_points(text: str) -> np.ndarray:

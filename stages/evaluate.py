@@ -17,6 +17,7 @@ from cluster.resources import Devices
 from corpus.conversation import render_prompt
 from corpus.rows import Rows
 from corpus.tokenizers import Tokenizer
+from corpus.utf8 import valid
 from models.generate import Completion
 from models.hf import from_pretrained, read_spec
 from models.layers import LanguageModel
@@ -193,8 +194,8 @@ def measure(
     sampled = pool.sample(prompts, seeds, config.samples, config.max_new_tokens)
     records = [
         {
-            "question": problems[i].question,
-            "answer": problems[i].answer,
+            "question": valid(problems[i].question),  # the tokenizer reads it so, too
+            "answer": valid(problems[i].answer),
             "greedy": [graded(environment, problems[i], c, tokenizer) for c in firsts],
             "samples": [graded(environment, problems[i], c, tokenizer) for c in samples],
         }

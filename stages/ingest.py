@@ -28,11 +28,12 @@ from cluster.storage import READ_TRIES, FileEntry, Storage, StorageError
 from corpus.packing import Document as Packed
 from corpus.packing import Packing, pack
 from corpus.rows import ROWS_FILE, write_index
-from corpus.sources import Document, Unit, read_unit, units
+from corpus.sources import ROW_KINDS, Document, Unit, changed_text, read_unit, skipped_files, skipped_text, units
 from corpus.synthetic import Split
 from corpus.tokenizers import Tokenizer, UnknownCharacterError
 from stages.config import DataConfig, IngestConfig
 from stages.context import PROGRESS, StageContext
+from stages.context import Progress as Said
 from stages.conversations import ingest_mixture, is_held_out, task_problems, write_problems, write_rows
 from stages.growing import NOTES, PLAN, SPLITS, VALIDATION_SHARDS, Note, Plan, index_of, note_path, read_notes
 from tasks.mixture import digest_of, sizes
@@ -90,7 +91,11 @@ def run(context: StageContext, data: DataConfig, config: IngestConfig, sequence_
         except (ValueError, OSError) as error:
             raise ValueError(f"data.{stage}: {error}") from error
     check_unchanged(data)
+    skipped = skipped_in(data)
+    for source, files in skipped.items():
+        context.note(f"{source}: {skipped_text(files)} not read")
     entries, stats = ingest_corpus(context, data, config, sequence_len + 1, seed)
+    stats["skipped"] = skipped
     figures = {name: stats[name] for name in ("documents", "tokens", "characters_per_token", "cropped_share", "rows")}
     with context.scratch() as directory:
         for split in get_args(Split):
@@ -107,6 +112,14 @@ def run(context: StageContext, data: DataConfig, config: IngestConfig, sequence_
         context.storage.delete(folder)
     for path in context.storage.list().keys() - {e.path for e in entries} - {manifest.MANIFEST}:
         context.storage.delete(path)  # what killed attempts left, too
+
+
+def skipped_in(data: DataConfig) -> dict[str, dict[str, int]]:
+    """The sources that are folders with files that are not read: how many, and why."""
+    records = {part.source for part in (*data.mid.values(), *data.sft.values()) if part.format in ("chat", "choices")}
+    found = {source: skipped_files(source, ROW_KINDS) for source in sorted(records)}
+    found[data.corpus] = skipped_files(data.corpus)
+    return {source: dict(files) for source, files in found.items() if files}
 
 
 def check_unchanged(data: DataConfig) -> None:
@@ -254,6 +267,8 @@ def pack_shard(row: dict[str, Any], context: StageContext, packing: Packing, row
         number = shard["number"] - 1  # of the document; its pieces stay together
         for i, document in enumerate(documents_of(shard, rejected)):
             number += document.first
+            if kept is not None and i >= len(kept):  # it grows
+                raise ValueError(changed_text(document.source))
             if kept is not None and not kept[i]:
                 counts["duplicates"] += 1
                 continue
@@ -288,7 +303,7 @@ def encoded(document: Document, tokenizer: Tokenizer) -> np.ndarray:
     try:
         ids = tokenizer.encode_array(document.text)
     except UnknownCharacterError as error:
-        within = document.text.count("\n", 0, error.position) if document.source.endswith(".txt") else 0
+        within = document.text.count("\n", 0, error.position) if document.source.lower().endswith(".txt") else 0
         raise ValueError(f"{document.source}, line {document.line + within}: {error}") from error
     return np.concatenate([np.array([tokenizer.bos], dtype=ids.dtype), ids])
 
@@ -334,6 +349,7 @@ class Progress:
         self._context, self._shards = context, shards
         self._began, self._said = time.monotonic(), -math.inf
         self._earlier = self._tokens(notes)
+        self._told = (manifest.informing(context.storage, PROGRESS, Said) or Said()).notes
 
     @staticmethod
     def _tokens(notes: dict[int, Note]) -> int:
@@ -346,4 +362,4 @@ class Progress:
         self._said, tokens = seconds, self._tokens(notes)
         metrics = {"tokens": tokens, "tokens_per_second": (tokens - self._earlier) / seconds}
         progress = {"state": "running", "step": len(notes), "steps": self._shards, "metrics": metrics}
-        self._context.storage.write_json(PROGRESS, progress | {"seconds": seconds})
+        self._context.storage.write_json(PROGRESS, progress | {"seconds": seconds, "notes": self._told})

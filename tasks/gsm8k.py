@@ -22,7 +22,7 @@ class GSM8K(NumberProblems):
         """What `corpus.sources` reads the split from."""
         if self._source.startswith("hub:"):
             return f"{HUB}:main" if self._source == HUB else self._source
-        if self._source.partition("?")[0].endswith((".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")):
+        if self._source.partition("?")[0].lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")):
             return self._source
         return posixpath.join(self._source, f"{split}.jsonl")
 

@@ -269,3 +269,41 @@ def test_real_chats_render(tokenizer: Tokenizer, shared_data: Path, name: str) -
         assert not len(ids) or (ids[0] == tokenizer.bos and mask[-1] == 1)
         if number == 150:
             break
+
+
+def called(name: str, arguments: str, content: str | None = "") -> dict[str, Any]:
+    call = {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": content, "tool_calls": [call]}
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_a_call_of_the_calculator_as_openai_has_it_is_a_call(tokenizer: Tokenizer, content: str | None) -> None:
+    ask, end = {"role": "user", "content": "6 * 7?"}, {"role": "assistant", "content": "42"}
+    result = {"role": "tool", "content": "42", "tool_call_id": "1"}
+    call = {"role": "assistant", "content": [{"type": "python", "text": "6*7"}]}
+    made = render(
+        {"messages": [ask, called("calculator", '{"expression": "6*7"}', content), result, end]}, tokenizer, 99
+    )
+    for found, expected in zip(made, render({"messages": [ask, call, result, end]}, tokenizer, 99), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (called("get_weather", '{"city": "Rome"}'), "calls 'get_weather'"),
+        (called("calculator", "6*7"), "the only tool here is the calculator"),
+        (called("calculator", '{"expression": 7}'), "with one string"),
+        ({"role": "assistant", "content": "", "tool_calls": "x"}, "has the tool_calls 'x'"),
+        (called("calculator", '{"a": "1"}') | {"role": "user"}, "of the role 'user' has the tool_calls"),
+        ({"role": "assistant", "content": ""}, "the assistant is empty"),
+        ({"role": "assistant", "content": " \n"}, "the assistant is empty"),
+        ({"role": "assistant", "content": []}, "the assistant is empty"),
+    ],
+)
+def test_a_message_that_says_nothing_or_calls_another_tool_is_refused(
+    tokenizer: Tokenizer, message: Any, why: str
+) -> None:
+    after = [{"role": "tool", "content": "12"}, {"role": "assistant", "content": "It is 12."}]
+    with pytest.raises(ValueError, match=why):
+        render({"messages": [{"role": "user", "content": "?"}, message, *after]}, tokenizer, 99)

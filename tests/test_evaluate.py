@@ -127,13 +127,22 @@ class Sampler:
 CONFIG = EvaluateConfig(problems=7, samples=5, max_new_tokens=12)
 
 
-def measured(world: World, greedy: bool = True) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def measured(
+    world: World, greedy: bool = True, problems: Sequence[Problem] = ()
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     tokenizer = Tokenizer.train(["How many are there? " * 20], 280)
-    problems = Letters().problems("test")
+    problems = problems or Letters().problems("test")
     return measure(Sampler(tokenizer), Letters(), problems, tokenizer, CONFIG, 0, world, greedy)  # type: ignore[arg-type]
 
 
 ALONE = World(0, 1, torch.device("cpu"), threads=1)
+
+
+def test_half_a_surrogate_pair_in_a_question_is_asked_and_shown_as_the_tokenizer_reads_it(tmp_path: Path) -> None:
+    _, records = measured(ALONE, problems=[Problem("cut \ud83d", "an\ude00swer")])
+    assert [(r["question"], r["answer"]) for r in records] == [("cut \ufffd", "an\ufffdswer")]
+    report.table(records, tmp_path / "table.html")
+    assert "cut \ufffd" in (tmp_path / "table.html").read_text(encoding="utf-8")
 
 
 def test_the_figures_are_those_of_the_completions() -> None:

@@ -33,8 +33,10 @@ from pipeline.run import note_end
 from stages import ingest
 from stages.config import DataConfig, IngestConfig
 from stages.context import GROWING, PROGRESS, SOURCES, StageContext
-from stages.conversations import ingest_mixture
+from stages.conversations import ingest_mixture, task_problems, write_problems
 from stages.growing import NOTES, open_rows, wait_until_made
+from tasks.base import Problem
+from tasks.gsm8k import GSM8K
 from tasks.mixture import Part
 
 ROW_LEN = 129
@@ -403,3 +405,51 @@ def test_a_corpus_that_is_all_rejected_says_why(tmp_path: Path, ray_here: None, 
     (directory / "a.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"does not fill one train row .*1 invalid_utf8"):
         ingested(tmp_path / "run", tokenizer, directory)
+
+
+def test_a_problem_with_half_a_surrogate_pair_is_ingested_as_a_chat_with_one(tmp_path: Path) -> None:
+    rows = r'{"question": "\ud83d?", "answer": "#### 4\ude00"}'
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    problems = task_problems(DataConfig(gsm8k=str(tmp_path)), "test", 0)
+    write_problems(tmp_path / "task" / "test.jsonl", problems)
+    assert GSM8K(str(tmp_path / "task")).problems("test") == [Problem("\ufffd?", "#### 4\ufffd")]
+
+
+def test_files_that_are_not_read_are_told_and_stay_told(tmp_path: Path, ray_here: None, tokenizer: Storage) -> None:
+    corpus, chats = write_corpus(tmp_path / "corpus", files=1), tmp_path / "chats"
+    (corpus / "._00.jsonl").write_bytes(b"\0")
+    chats.mkdir()
+    (chats / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (chats / "empty.parquet").write_text("")
+    (chats / "readme.txt").write_text("no record")
+    parts = {"chats": Part(source=str(chats))}
+    context = context_of(tmp_path / "run", tokenizer)
+    data = DataConfig(corpus=str(corpus), gsm8k="none", mid=parts, sft=parts, validation_documents=1)
+    with pytest.raises(ValueError, match="does not fill one"):
+        ingest.run(context, data, IngestConfig(), 1 << 20, 0)
+    assert ingest.skipped_in(data) == {str(corpus): {"hidden": 1}, str(chats): {"empty": 1}}
+    notes = context.storage.read_json(PROGRESS)["notes"]
+    assert sorted(notes) == [
+        f"{chats}: 1 file of no bytes not read",
+        f"{corpus}: 1 file hidden (a name begins with . or _) not read",
+    ]
+
+
+def test_a_file_that_changes_between_or_within_the_passes_is_named(tmp_path: Path, tokenizer: Storage) -> None:
+    """A line in front would part the documents from what is known of them."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ["twice", "once", "twice", *map(str, range(9))])
+    )
+    context = context_of(tmp_path / "run", tokenizer)
+    row: dict[str, Any] = {"index": 0, "shard": json.dumps(ingest.corpus_shards(DataConfig(corpus=str(path)), 1, 0)[0])}
+    ingest.hash_shard(row, context)
+    hashes = ingest.read_hashes(context.storage, row)
+    assert hashes is not None and len(hashes) == 12
+    (kept,) = ingest.unique_in([hashes], [np.empty(0, dtype=np.uint64)] * ingest.PARTITIONS)
+    with pytest.raises(ValueError, match=r"a\.jsonl is not what it was"):  # it had fewer than in the second pass
+        ingest.pack_shard(row | {"kept": kept[:1]}, context, "best_fit", ROW_LEN)
+    path.write_text('{"text": "new"}\n' + path.read_text())
+    with pytest.raises(ValueError, match=r"a\.jsonl is not what it was"):
+        ingest.pack_shard(row | {"kept": kept}, context, "best_fit", ROW_LEN)

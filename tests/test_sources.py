@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -24,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus import sources
-from corpus.sources import Document, count_records, read_records, read_unit, shards_needed, units
+from corpus.sources import Document, count_records, read_records, read_unit, shards_needed, skipped_files, units
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["one", "two\r\nlines", "", "dréi \u2028 日本", "  ", "five"]
@@ -82,7 +83,10 @@ def test_parquet_row_groups_are_units(tmp_path: Path) -> None:
     assert counts == {"empty": 2, "null": 1}
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()]
+
+
+@pytest.mark.parametrize("kind", [*TEXT_TYPES, pa.dictionary(pa.int32(), pa.string())], ids=str)
 def test_every_column_of_text_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     column = pa.array(["a", None, "b"], None if pa.types.is_dictionary(kind) else kind)
     if pa.types.is_dictionary(kind):
@@ -162,6 +166,51 @@ def test_bad_values_in_parquet_are_counted(tmp_path: Path, monkeypatch: pytest.M
     assert counts == {"invalid_utf8": 1, "empty": 1, "binary": 1}
     nothing, counts = read(write_parquet(tmp_path / "b.parquet", {"text": pa.array([None, None])}))
     assert not nothing and counts == {"null": 2}
+
+
+def test_a_bad_value_of_a_dictionary_or_view_is_counted_as_any(tmp_path: Path) -> None:
+    values = strings([b"one", NOT_UTF8 * 3, "dréi".encode()])
+    view = pa.Array.from_buffers(pa.string_view(), 3, values.cast(pa.binary()).cast(pa.binary_view()).buffers())
+    of_values = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 2, 0]), values)
+    for column, lines in ((of_values, [1, 4, 5]), (view, [1, 3])):
+        found, counts = read(write_parquet(tmp_path / "a.parquet", {"text": column}, row_group_size=10))
+        texts = ["one", "dréi", "one"][: len(lines)]
+        assert [(document.text, document.line) for document in found] == list(zip(texts, lines, strict=True))
+        assert counts == ({"invalid_utf8": 1, "null": 1} if column is of_values else {"invalid_utf8": 1})
+
+
+def test_columns_of_one_name_are_refused_with_the_file(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], ["text", "text", "body"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    for failing in (units, lambda spec: list(read_records(spec))):
+        with pytest.raises(ValueError, match=r"a\.parquet has several columns named text,"):
+            failing(str(tmp_path))
+    assert documents(tmp_path, text_column="body") == ["c"]
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "longer": lambda path: path.write_bytes(path.read_bytes() * 2),
+    "shorter": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "new": lambda path: os.utime(path, ns=(0, 0)),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_file_that_changes_is_named_before_and_while_it_is_read(tmp_path: Path, name: str, change: str) -> None:
+    path, texts = tmp_path / name, [f"{i} words" for i in range(40)]
+    for begun in (False, True):
+        if name == "a.txt":
+            path.write_text("words")
+        else:
+            write_parquet(path, {"text": texts}, 40) if name == "a.parquet" else write_jsonl(path, texts)
+        reading = read_unit(units(str(path), unit_bytes=100)[-1])
+        if begun:
+            next(reading)
+        CHANGES[change](path)
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is not what it was.*run the same command"):
+            list(reading)
 
 
 def test_bad_text_files_are_counted(tmp_path: Path) -> None:
@@ -247,6 +296,53 @@ def test_globs_directories_and_uris_name_the_same_files(tmp_path: Path, monkeypa
     assert documents("train_*.parquet") == documents("./train_*.parquet") == ["train_0", "train_1"]
 
 
+def test_what_others_left_in_a_folder_is_not_read_but_counted(tmp_path: Path) -> None:
+    hidden = ["._a.parquet", ".git/x.txt", "deep/.ipynb_checkpoints/a.jsonl", "_temporary/0/p.parquet", ".cache/c.txt"]
+    for name in hidden:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("neither Parquet nor JSONL")
+    (tmp_path / "_SUCCESS").write_text("")
+    for name in ("d.parquet", "d.jsonl.gz"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(FileNotFoundError, match=r"besides (?=.*5 files hidden).*2 files of no bytes"):
+        units(str(tmp_path))
+    write_parquet(tmp_path / "deep" / "a.parquet", {"text": ["a"]})
+    for spec in (tmp_path, f"{tmp_path}/**", f"file://{tmp_path}"):
+        assert documents(spec) == ["a"]
+        assert list(read_records(str(spec))) == [{"text": "a"}] and count_records(str(spec)) == 1
+        assert skipped_files(str(spec)) == {"hidden": 5, "empty": 2}
+    (tmp_path / "b.txt").write_text("b")
+    assert skipped_files(f"{tmp_path}/*") == {"hidden": 1, "empty": 2}
+    assert not skipped_files(str(tmp_path / "b.txt")) and not skipped_files("synthetic")
+
+
+@pytest.mark.parametrize("spec", ["{}/_raw", "{}/_raw/*", "{}/_r*/*.txt", "{}/_raw/a.txt"])
+def test_hidden_names_that_are_asked_for_are_read(tmp_path: Path, spec: str) -> None:
+    (tmp_path / "_raw").mkdir()
+    (tmp_path / "_raw" / "a.txt").write_text("a")
+    assert documents(spec.format(tmp_path)) == ["a"]
+
+
+def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.PARQUET", {"text": ["a"]})
+    (tmp_path / "b.TXT").write_text("b")
+    write_jsonl(tmp_path / "c.JsonL", ["c", "d"])
+    for made, name in (("e.jsonl.gz", "e.JSONL.GZ"), ("f.jsonl.zst", "f.jsonl.ZST")):
+        write_jsonl(tmp_path / made, [name]).rename(tmp_path / name)
+    assert documents(tmp_path, unit_bytes=5) == ["a", "b", "c", "d", "e.JSONL.GZ", "f.jsonl.ZST"]
+    assert len(units(str(tmp_path), unit_bytes=5)) > 6, "JSONL is cut up"
+
+
+def test_a_link_to_a_folder_is_followed_but_never_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "data" / "a.txt").write_text("a")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    for link, target in (("self", "."), ("deep/up", ".."), ("other", "../elsewhere"), ("loop", "loop"), ("c.txt", "x")):
+        (tmp_path / "data" / link).symlink_to(target)
+    assert documents(tmp_path / "data") == ["a", "b"]
+
+
 def test_units_of_a_relative_path_work_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("a")
     monkeypatch.chdir(tmp_path)
@@ -267,6 +363,13 @@ def test_parquet_rows_are_records(tmp_path: Path) -> None:
     rows = [{"prompt": str(i), "response": "x"} for i in range(5)]
     write_parquet(tmp_path / "chat.parquet", {"prompt": [r["prompt"] for r in rows], "response": ["x"] * 5})
     assert list(read_records(str(tmp_path / "chat.parquet"))) == rows
+
+
+def test_half_a_surrogate_pair_in_a_record_is_the_replacement_character(tmp_path: Path) -> None:
+    lines = [rb'{"question": "\ud83d!", "n": [{"\uDE00": "\ud83d\ude00"}, 1.5, null]}', b'{"question": "\xed\xa0\xbd"}']
+    first, second = read_records(str(write_lines(tmp_path / "a.jsonl", lines)))
+    assert first == {"question": "\ufffd!", "n": [{"\ufffd": "\U0001f600"}, 1.5, None]}
+    assert second["question"].encode()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])

@@ -9,12 +9,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rustbpe
 import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,14 @@ from corpus.chat_template import MARK
 from corpus.conversation import render_prompt
 from corpus.rows import RowWriter
 from corpus.sources import read_unit, units
-from corpus.tokenizers import SPECIAL_TOKENS, Tokenizer, UnknownCharacterError, fixed_vocab_size
+from corpus.tokenizers import (
+    MAX_RUN,
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    Tokenizer,
+    UnknownCharacterError,
+    fixed_vocab_size,
+)
 from pipeline import cli
 from pipeline.artifacts import RunStore
 from pipeline.config import load_config
@@ -56,6 +65,27 @@ HOSTILE = st.lists(
 ).map("".join)
 ALPHABET = "0123456789+-*/=()., <>|bos_\né日𝔸"
 LLAMA3 = "FATHOM_LLAMA3_TOKENIZER"  # names the ranks file of Llama 3, which may not be handed on
+
+
+@pytest.mark.parametrize("unit", [" ", "\u3000", " \n", "x", "漢", "a-"])
+def test_a_run_of_a_million_characters_is_learned_from_within_seconds(tmp_path: Path, unit: str) -> None:
+    """Its tokens would be as long, and what is written of a token grows with the square of that."""
+    text = f"a{unit * (1_000_000 // len(unit))}b"
+    began = time.monotonic()
+    tokenizer = Tokenizer.train([text, "some words"], 320)
+    tokenizer.save(tmp_path)
+    assert time.monotonic() - began < 30
+    assert tokenizer.token_bytes.max() <= MAX_RUN * len(unit.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("run", [" " * (MAX_RUN - 2), "x" * MAX_RUN, "\n" * 200, "-" * 500, "漢字" * 4_000])
+def test_what_is_learned_from_shorter_runs_does_not_depend_on_their_bound(run: str) -> None:
+    texts = [f"{run} and words {run}\nmore words", f"the words {run}"]
+    uncut = rustbpe.Tokenizer()
+    uncut.train_from_iterator(iter(texts), 300, pattern=SPLIT_PATTERN)
+    learned = Tokenizer.train(texts, 300 + len(SPECIAL_TOKENS))
+    assert learned.encoding._mergeable_ranks == {bytes(token): rank for token, rank in uncut.get_mergeable_ranks()}
 
 
 @pytest.fixture(scope="module")
