@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from corpus.left_out import UnusableError
 from corpus.tokenizers import Tokenizer
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -32,7 +33,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def from_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A conversation from a row; else ValueError naming the keys that the row has.
+    """A conversation from a row; else UnusableError naming the keys that the row has.
 
     The row has `messages`, or `conversations` of `from` and `value` (ShareGPT), or `prompt` and `response`.
     """
@@ -44,8 +45,9 @@ def from_record(record: dict[str, Any]) -> dict[str, Any]:
         user, assistant = record["prompt"], record["response"]
         return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
     keys = ", ".join(sorted(map(str, record))) or "no keys"
-    raise ValueError(
-        f"not a conversation: the row has {keys}; it needs `messages`, `conversations`, or `prompt` and `response`"
+    raise UnusableError(
+        "no_conversation",
+        f"not a conversation: the row has {keys}; it needs `messages`, `conversations`, or `prompt` and `response`",
     )
 
 
@@ -60,14 +62,18 @@ def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_len: int) -> 
     """Ids (n,) int64 and loss mask (n,) uint8, n <= max_len.
 
     The mask is 1 on what the assistant writes (text, calls, `<|assistant_end|>`), 0 on everything it is given.
-    Later exchanges that do not fit are dropped whole; both arrays are empty when not even the first one fits.
-    Raises ValueError on a malformed message, or one of the assistant that says nothing.
+    Later exchanges that do not fit are dropped whole.
+    Raises UnusableError where not even the first one fits, on a malformed message, and where the assistant says nothing
+    or has a message that says nothing.
     """
     for role, parts in map(_checked, conversation["messages"]):
         if role == "assistant" and not any(part["text"].strip() for part in parts):
-            raise ValueError("a message of the assistant is empty")
+            raise UnusableError("empty_answer", "a message of the assistant is empty")
+    turns = _turns(conversation["messages"])
+    if not any(role == "assistant" for role, _ in turns):
+        raise UnusableError("no_answer", "no message is of the assistant")
     ids, mask, kept = [tokenizer.bos], [0], 0
-    for role, parts in _turns(conversation["messages"]):
+    for role, parts in turns:
         turn_ids, turn_mask = _render_turn(role, parts, tokenizer)
         ids += turn_ids
         mask += turn_mask
@@ -75,7 +81,14 @@ def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_len: int) -> 
             break
         if role == "assistant":
             kept = len(ids)
+    if not kept:
+        raise UnusableError("too_long", f"the first exchange has more than {max_len} tokens")
     return np.array(ids[:kept], dtype=np.int64), np.array(mask[:kept], dtype=np.uint8)
+
+
+def answers(conversation: dict[str, Any]) -> int:
+    """How many turns the assistant has."""
+    return sum(role == "assistant" for role, _ in _turns(conversation["messages"]))
 
 
 def render_prompt(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
@@ -105,7 +118,7 @@ def _turns(messages: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, str
             system = ""
         elif role == "tool":
             if previous not in ("assistant", "tool"):
-                raise ValueError("a message of the role tool follows none of the assistant")
+                raise UnusableError("malformed", "a message of the role tool follows none of the assistant")
             turns[-1][1].append({"type": "python_output", "text": text})
         elif previous == "tool":
             turns[-1][1].extend(parts)
@@ -113,30 +126,34 @@ def _turns(messages: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, str
             turns.append((role, [*parts]))
         previous = role
     if system:
-        raise ValueError("a system message is followed by none of the user")
+        raise UnusableError("malformed", "a system message is followed by none of the user")
     if not turns:
-        raise ValueError("there are no messages")
+        raise UnusableError("malformed", "there are no messages")
     return turns
 
 
 def _checked(message: Any) -> tuple[str, list[dict[str, str]]]:
     """Role and parts of a message."""
     if not isinstance(message, dict):
-        raise ValueError(f"a message must be an object with role and content, got {reprlib.repr(message)}")
+        said = f"a message must be an object with role and content, got {reprlib.repr(message)}"
+        raise UnusableError("malformed", said)
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls") or []
     if not isinstance(calls, list) or len(calls) > (role == "assistant"):  # a result follows before the next call
-        raise ValueError(
+        raise UnusableError(
+            "malformed",
             f"a message of the role {reprlib.repr(role)} has the tool_calls {reprlib.repr(calls)}; one of the "
-            "assistant has one at most, as a list"
+            "assistant has one at most, as a list",
         )
     if calls and content is None:
         content = []
     if role not in _ROLES:
-        raise ValueError(f"a message has the role {reprlib.repr(role)}; the roles are {', '.join(_ROLES)}")
+        said = f"a message has the role {reprlib.repr(role)}; the roles are {', '.join(_ROLES)}"
+        raise UnusableError("malformed", said)
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
         found = reprlib.repr(content)
-        raise ValueError(f"a message's content is neither text nor parts of {', '.join(_PARTS)}: {found}")
+        said = f"a message's content is neither text nor parts of {', '.join(_PARTS)}: {found}"
+        raise UnusableError("malformed", said)
     return role, [*parts, *map(_from_tool_call, calls)]
 
 
@@ -149,9 +166,10 @@ def _from_tool_call(call: Any) -> dict[str, str]:
             arguments = json.loads(arguments)
     values = list(arguments.values()) if isinstance(arguments, dict) else []
     if name not in _CALCULATORS or len(values) != 1 or not isinstance(values[0], str):
-        raise ValueError(
+        raise UnusableError(
+            "other_tool",
             f"a message calls {reprlib.repr(name)} with {reprlib.repr(arguments)}; the only tool here is the "
-            f"calculator ({', '.join(_CALCULATORS)}), with one string"
+            f"calculator ({', '.join(_CALCULATORS)}), with one string",
         )
     return {"type": "python", "text": values[0]}
 

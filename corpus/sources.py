@@ -25,6 +25,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from corpus import synthetic
+from corpus.left_out import UnusableError
+from corpus.left_out import skipped as skipped_text
 from corpus.utf8 import valid
 
 SYNTHETIC = "synthetic"
@@ -37,6 +39,7 @@ BATCH_BYTES = 8 << 20  # about as much of a Parquet file is in memory as Python 
 READ_BYTES = 4 << 20
 
 _KINDS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "txt": (".txt",)}
+KINDS = tuple(_KINDS)
 ROW_KINDS = ("parquet", "jsonl")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _HIDDEN = (".", "_")  # what begins so was left by an editor, a file system or an unfinished job
@@ -157,29 +160,54 @@ def _documents(unit: Unit, counts: Counter[str]) -> Iterator[Document]:
 
 
 def read_records(spec: str, split: str = "train") -> Iterator[dict[str, Any]]:
-    """Whole rows of JSONL or Parquet files, or of a hub dataset's `split`: conversations, GSM8K problems.
+    """Whole rows of JSONL or Parquet files, or of a hub dataset's `split`. Raises ValueError for a damaged file or row.
 
     Half a surrogate pair in a row, as where a text was cut within an emoji, is U+FFFD, as it is to every tokenizer: a
     record is too dear to be left out for it.
-    Raises ValueError for a damaged file or line.
+    """
+    for record in records_and_faults(spec, split):
+        if isinstance(record, UnusableError):
+            raise record
+        yield record
+
+
+def records_and_faults(spec: str, split: str = "train") -> Iterator[dict[str, Any] | UnusableError]:
+    """As `read_records`, with what is wrong with a line or row in the place of its record.
+
+    Raises ValueError for a damaged file.
     """
     for uri in _files(spec, split, ROW_KINDS):
         if _kind(uri) == "parquet":
             with _open_parquet(uri) as file:
                 _check_once(uri, file.schema_arrow, file.schema_arrow.names)
                 for batch in _batches(file, range(file.num_row_groups)):
-                    yield from batch.to_pylist()
+                    yield from _rows(uri, batch)
             continue
         for number, line in _lines(uri):
+            if line is None:
+                yield UnusableError("too_long", f"{uri}, line {number} has more than {MAX_LINE:,} bytes")
+                continue
             try:
-                row = json.loads(line or b"")
-                if _MAYBE_SURROGATE.search(line or b""):
+                row = json.loads(line)
+                if _MAYBE_SURROGATE.search(line):
                     row = json.loads(valid(json.dumps(row, ensure_ascii=False)))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{uri}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{uri}, line {number} is not a JSON object")
-            yield row
+                yield UnusableError("not_json", f"{uri}, line {number} is not JSON: {error}")
+                continue
+            fault = UnusableError("not_json", f"{uri}, line {number} is not a JSON object")
+            yield row if isinstance(row, dict) else fault
+
+
+def _rows(uri: str, batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnusableError]:
+    """The rows of a batch, each by itself where a value of one is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                yield from batch.slice(i, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield UnusableError("invalid_utf8", f"{uri}: a row has a value that is not UTF-8: {error}")
 
 
 def count_records(spec: str, split: str = "train", limit: int | None = None) -> int:
@@ -196,19 +224,13 @@ def count_records(spec: str, split: str = "train", limit: int | None = None) -> 
     return count if limit is None else min(count, limit)
 
 
-def skipped_files(spec: str, kinds: Sequence[str] = tuple(_KINDS)) -> Counter[str]:
+def skipped_files(spec: str, kinds: Sequence[str] = KINDS) -> Counter[str]:
     """How many files of a folder or glob are not read, by why: `hidden`, as their name or that of a folder below `spec`
     begins with a dot or an underscore, or `empty`, as Parquet or JSONL of no bytes holds no record."""
     skipped: Counter[str] = Counter()
     if spec != SYNTHETIC and spec not in CORPORA and not spec.startswith("hub:"):
         _files(spec, kinds=kinds, skipped=skipped)
     return skipped
-
-
-def skipped_text(skipped: Mapping[str, int]) -> str:
-    """What `skipped_files` found, for people."""
-    why = {"hidden": "hidden (a name begins with . or _)", "empty": "of no bytes"}
-    return ", ".join(f"{count:,} {'file' if count == 1 else 'files'} {why[name]}" for name, count in skipped.items())
 
 
 @contextmanager
@@ -477,7 +499,7 @@ def _kind(uri: str) -> str | None:
 
 
 def _files(
-    spec: str, split: str = "train", kinds: Sequence[str] = tuple(_KINDS), skipped: Counter[str] | None = None
+    spec: str, split: str = "train", kinds: Sequence[str] = KINDS, skipped: Counter[str] | None = None
 ) -> list[str]:
     """URIs of the files of these kinds that `spec` names, sorted; `split` chooses among those of a hub dataset.
 

@@ -42,6 +42,13 @@ from tasks.mixture import Part, digest_of
 PRESETS = Path(__file__).parent / "presets"
 MIXTURE = Path(__file__).parent / "mixtures" / "nanochat.toml"
 SFT_CHATS = 10_000  # conversations of --chat in SFT, as many as nanochat takes
+CORPUS_FIELDS = {
+    *("corpus", "text_column", "shards", "max_documents", "deduplicate", "validation_documents", "synthetic_documents")
+}
+STAGE_NAMES = (
+    *("tokenizer", "ingest", "base", "evaluate_base"),
+    *("conversations", "mid", "evaluate_mid", "sft", "evaluate_sft", "rl", "evaluate_rl"),
+)
 OF_PART = re.compile(r"(data\.(?:mid|sft)\.[^.]+\.).+")  # a key of a part of a mixture
 
 
@@ -100,11 +107,14 @@ class About(Section):
 
 
 def stage_names(config: Config) -> list[str]:
-    """The stages of a run in order, each evaluation after what it measures; without problems none are asked."""
-    names = ["tokenizer", "ingest"]
-    for stage in ("base", "mid", "sft", *(["rl"] if config.with_rl else [])):
-        names += [stage, f"evaluate_{stage}"] if stage == "base" or has_problems(config) else [stage]
-    return names
+    """The stages of a run in order, each evaluation after what it measures; without problems none are asked, and
+    without conversations a run only pretrains."""
+    left_out = set() if config.with_rl else {"rl", "evaluate_rl"}
+    if not has_problems(config):
+        left_out |= {"evaluate_mid", "evaluate_sft", "evaluate_rl"}
+    if not (config.data.mid or config.data.sft):
+        left_out |= {*STAGE_NAMES[STAGE_NAMES.index("conversations") :]}
+    return [name for name in STAGE_NAMES if name not in left_out]
 
 
 def select(
@@ -113,7 +123,10 @@ def select(
     """The stages asked for by --only, --from and --until; raises ConfigError for a name that is not among `names`."""
     for flag, value in [("--only", only), ("--from", first), ("--until", last), *(("--force", f) for f in force)]:
         if value is not None and value not in names:
-            raise ConfigError(f"{flag} {value}: this run has no such stage; it has {', '.join(names)}")
+            why = ""
+            if value in STAGE_NAMES:
+                why = " (stages after evaluate_base need --chat or --gsm8k, evaluations of them --gsm8k, RL --with-rl)"
+            raise ConfigError(f"{flag} {value}: this run has no such stage; it has {', '.join(names)}{why}")
     start = names.index(first) if first else 0
     stop = names.index(last) + 1 if last else len(names)
     if start >= stop:
@@ -124,6 +137,16 @@ def select(
             f"--force {left_out[0]} would remove it, but it is not among the stages asked for to run again"
         )
     return selected
+
+
+def check_mixtures(config: Config, selected: Sequence[str]) -> None:
+    """Raises ConfigError where mid or SFT is asked for and has nothing to learn from."""
+    for stage in ("mid", "sft"):
+        if stage in selected and not getattr(config.data, stage):
+            raise ConfigError(
+                f"{stage} has no conversations: give --chat, --gsm8k or --set data.{stage}.NAME.source=..., or stop "
+                "before it with --until evaluate_base"
+            )
 
 
 def has_problems(config: Config) -> bool:
@@ -139,14 +162,18 @@ def identity_of(stage: str, config: Config) -> dict[str, Any]:
     if stage == "tokenizer":
         if config.tokenizer.source != "bpe":
             return {"tokenizer": config.tokenizer.identity()}
-        corpus = {"corpus", "text_column", "shards", "max_documents", "validation_documents", "synthetic_documents"}
+        corpus = CORPUS_FIELDS - {"deduplicate"}
         identity["data"] = {name: value for name, value in config.data.identity().items() if name in corpus}
         identity["tokenizer"] = config.tokenizer.identity()
         identity["ingest"] = {"shard_bytes": config.ingest.shard_bytes}
         identity["model"] = {"vocab_size": config.model.vocab_size}
     elif stage == "ingest":
-        identity["data"] = config.data.identity()
+        identity["data"] = {name: value for name, value in config.data.identity().items() if name in CORPUS_FIELDS}
         identity["ingest"] = config.ingest.identity()
+        identity["model"] = {"sequence_len": config.model.sequence_len}
+    elif stage == "conversations":
+        wanted = {"chat", "gsm8k", "mid", "sft", "synthetic_problems", "validation_documents"}
+        identity["data"] = {name: value for name, value in config.data.identity().items() if name in wanted}
         identity["model"] = {"sequence_len": config.model.sequence_len}
     else:
         section = "evaluate" if stage.startswith("evaluate_") else stage
@@ -191,6 +218,8 @@ def load_config(
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
     values = _merge(values, _with_vocabulary(values, checked))
     values = _merge(values, {"data": {"digests": _digests(checked.data)}})
+    if checked.with_rl and not (checked.data.mid or checked.data.sft):
+        raise ConfigError("--with-rl goes on from SFT, which has no conversations: give --chat, --gsm8k or data.sft")
     if checked.with_rl and not has_problems(checked):
         raise ConfigError(
             "--with-rl needs problems to train on: give --gsm8k a folder, hub:openai/gsm8k or synthetic, "

@@ -27,12 +27,13 @@ UPSTREAM = {
     "ingest": ("tokenizer",),
     "base": ("tokenizer", "ingest:base"),
     "evaluate_base": ("tokenizer", "ingest:base", "base"),
-    "mid": ("tokenizer", "ingest:mid", "base"),
-    "evaluate_mid": ("ingest:task", "mid"),
-    "sft": ("tokenizer", "ingest:sft", "mid"),
-    "evaluate_sft": ("ingest:task", "sft"),
-    "rl": ("ingest:task", "sft"),
-    "evaluate_rl": ("ingest:task", "rl"),
+    "conversations": ("tokenizer",),
+    "mid": ("tokenizer", "base", "conversations:mid"),
+    "evaluate_mid": ("conversations:task", "mid"),
+    "sft": ("tokenizer", "mid", "conversations:sft"),
+    "evaluate_sft": ("conversations:task", "sft"),
+    "rl": ("conversations:task", "sft"),
+    "evaluate_rl": ("conversations:task", "rl"),
 }
 
 TRAINING = ("base", "mid", "sft", "rl")  # the stages that save and end when asked to
@@ -131,7 +132,7 @@ def submit(
     Raises EnvironmentFault before anything is changed, where the user's environment does not even begin to work. Then
     the artifacts of the stages in `force` are set aside.
     """
-    asking = any("ingest:task" in UPSTREAM[p.state.name] for p in planned if p.action not in ("", "skip"))
+    asking = any("conversations:task" in UPSTREAM[p.state.name] for p in planned if p.action not in ("", "skip"))
     if config.rl.environment and asking:
         environments.check(config.rl.environment, config.rl.environment_timeout)
     for name in force:
@@ -231,6 +232,10 @@ def execute(context: StageContext, config: Config, devices: Devices) -> None:
         from stages import ingest
 
         ingest.run(context, config.data, config.ingest, config.model.sequence_len, config.seed)
+    elif name == "conversations":
+        from stages import conversations
+
+        conversations.run(context, config.data, config.model.sequence_len, config.seed)
     elif name == "rl":
         from stages.rl import stage
 

@@ -24,12 +24,13 @@ from rich.text import Text
 from cluster import manifest as manifests
 from cluster.manifest import MANIFEST, Manifest
 from cluster.storage import FileEntry, Storage, StorageError, hash_stream
+from corpus import left_out
 from corpus.rows import ROWS_FILE, Rows
 from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
-from pipeline.config import Config, default_storage, stage_names
+from pipeline.config import STAGE_NAMES, default_storage, stage_names
 from stages.context import StageContext
-from stages.growing import NOTES, PLAN, SPLITS, Plan, open_rows
+from stages.growing import NOTES, PLAN, SPLITS, Plan, holder_of, open_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +44,6 @@ FIGURES = {
     "rows": "rows",
     "validation_rows": "validation rows",
     "cropped_share": "cropped tokens",
-    "duplicates": "duplicates left out",
     "split": "long documents split",
 }
 BORDER, LEARNED, SPECIAL = "bold cyan", "green", "reverse"
@@ -140,15 +140,18 @@ def inspect(store: RunStore, args: argparse.Namespace, console: Console) -> None
 
     Raises FileNotFoundError for what is not made, ValueError for rows that there are not.
     """
-    made, part = _finished(store, "ingest"), f"{args.stage}/{args.split}"
+    part = f"{args.stage}/{args.split}"
+    holder = holder_of(part)
+    made = _finished(store, holder)
     if not made.below(part):
         there = sorted(f.path.removesuffix(f"/{ROWS_FILE}") for f in made.files if f.path.endswith(f"/{ROWS_FILE}"))
-        raise FileNotFoundError(f"run {store.run} has no rows in {part}; ingest made {', '.join(there) or 'none'}")
-    lengths: dict[str, int] = made.stats.get("tokens_below", {})
+        raise FileNotFoundError(f"run {store.run} has no rows in {part}; {holder} made {', '.join(there) or 'none'}")
+    stats = _stats(store)
+    lengths: dict[str, int] = stats.get("tokens_below", {})
     if args.plot and not lengths:
         raise ValueError(f"--plot: ingest of run {store.run} recorded no lengths of documents to draw")
     tokenizer = _tokenizer(store, made)
-    upstream = {"ingest": store.stage("ingest")}
+    upstream = {holder: store.stage(holder)}
     rows = open_rows(StageContext(store.run, args.stage, store.stage(args.stage), upstream, {}, {}), part)
     indices, what = _indices(store, rows, part, args)
 
@@ -160,19 +163,29 @@ def inspect(store: RunStore, args: argparse.Namespace, console: Console) -> None
     if args.json:
         head = {"run": store.run, "stage": args.stage, "split": args.split, "row_len": rows.row_len}
         shown = [row.json() for row in decoded()]
-        print(json.dumps({**head, "num_rows": rows.num_rows, "rows": shown, "stats": made.stats}, indent=1))
+        print(json.dumps({**head, "num_rows": rows.num_rows, "rows": shown, "stats": stats}, indent=1))
     else:
         say(console, f"run {store.run}, {part}: {what}", "bold")
         if rows.masked:
             console.print(_legend(console), highlight=False)
         for row in decoded():
             show_row(row, console)
-        show_stats(made.stats, console)
+        show_stats(stats, console)
     if args.plot:
         title = f"{store.run}: {sum(lengths.values()):,} documents by length"
         histogram(lengths, title).savefig(args.plot, format="png")
         if not args.json:
             say(console, f"wrote {args.plot}")
+
+
+def _stats(store: RunStore) -> dict[str, Any]:
+    """What ingest counted, and conversations where that is done; `read` and `skipped` of both."""
+    stats: dict[str, Any] = {}
+    for name in ("ingest", "conversations"):
+        made = manifests.read(store.stage(name))
+        for key, value in (made.stats if made else {}).items():
+            stats[key] = stats.get(key, {}) | value if key in ("read", "skipped") else value
+    return stats
 
 
 def _indices(store: RunStore, rows: Rows, part: str, args: argparse.Namespace) -> tuple[np.ndarray, str]:
@@ -199,7 +212,7 @@ def _tokenizer(store: RunStore, ingest: Manifest) -> Tokenizer:
     if ingest.upstream.get("tokenizer") != manifest.digest():
         raise ValueError(
             f"the rows of run {store.run} were made with another tokenizer than it has now; make them again with "
-            "--force ingest"
+            f"--force {ingest.stage}"
         )
     return Tokenizer.load(manifests.fetch(store.stage("tokenizer")))
 
@@ -276,10 +289,7 @@ def _visible(text: str) -> str:
 
 
 def show_stats(stats: dict[str, Any], console: Console) -> None:
-    """Prints what ingest counted: the corpus, the lengths of its documents, and the parts of mid and SFT."""
-    if not stats:
-        say(console, "\nthis ingest recorded no statistics")
-        return
+    """Prints what was counted: the corpus, the lengths of its documents, and what each source gave."""
     say(console, "\ncorpus", "bold")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()
@@ -288,21 +298,21 @@ def show_stats(stats: dict[str, Any], console: Console) -> None:
         if name in stats:
             value = f"{stats[name]:.1%}" if name.endswith("_share") else f"{stats[name]:,}"
             table.add_row(label, value)
-    for reason, count in stats.get("rejected", {}).items():
-        table.add_row(f"rejected: {reason}", f"{count:,}")
     console.print(table, highlight=False)
     if lengths := stats.get("tokens_below"):
         say(console, "\ndocuments by length", "bold")
         console.print(_bars(bins(lengths)), highlight=False)
-    if parts := [(stage, *part) for stage in STAGES for part in stats.get(stage, {}).get("parts", {}).items()]:
-        say(console, "\nconversations", "bold")
+    if read := stats.get("read"):
+        say(console, "\nread", "bold")
         table = Table(box=None, pad_edge=False)
-        for column in ("stage", "part", "used", "too long", "rejected"):
-            table.add_column(column, justify="left" if column in ("stage", "part") else "right")
-        for stage, name, counts in parts:
-            numbers = (counts.get(key, 0) for key in ("conversations", "too_long", "rejected"))
-            table.add_row(stage, name, *(f"{number:,}" for number in numbers))
+        for column in ("source", "read", "used", "left out"):
+            table.add_column(column, justify="right" if column in ("read", "used") else "left")
+        for source, counts in read.items():
+            numbers = (f"{counts[key]:,}" for key in ("read", "kept"))
+            table.add_row(source, *numbers, left_out.reasons(counts["left_out"]) or "none")
         console.print(table, highlight=False)
+        for line in left_out.lines(read):
+            say(console, line)
 
 
 def _bars(lengths: list[tuple[int, int]]) -> Table:
@@ -324,11 +334,11 @@ def verify(store: RunStore, only: str | None, console: Console) -> None:
 
     Raises FileNotFoundError where nothing is finished, StorageError when a file is missing or damaged.
     """
-    every = stage_names(Config(with_rl=True))
+    every = STAGE_NAMES
     if only and only not in every:
         raise ValueError(f"--stage {only}: there is no such stage; there are {', '.join(every)}")
     there = [name for name in every if store.stage(name).exists(MANIFEST)]
-    stages = [only] if only else there or every[:1]
+    stages = [only] if only else there or [*every[:1]]
     began, files, size, damaged = time.monotonic(), 0, 0, []
     for stage in stages:
         try:
@@ -343,7 +353,7 @@ def verify(store: RunStore, only: str | None, console: Console) -> None:
         counted = f"{len(manifest.files):,} files, {decimal(bytes_)}"
         say(console, f"{stage:<14}  {f'{faults:,} damaged of ' if faults else 'ok, '}{counted}")
         files, size = files + len(manifest.files), size + bytes_
-    wanted = [] if only else stage_names(store.recorded() or Config())
+    wanted = [] if only else stage_names(config) if (config := store.recorded()) else every
     if missing := [name for name in wanted if name not in there]:
         say(console, f"not finished, so not checked: {', '.join(missing)}")
     if damaged:

@@ -26,6 +26,7 @@ from pipeline.config import (
     ConfigError,
     add_config_flags,
     add_stage_flags,
+    check_mixtures,
     config_from_args,
     load_config,
     preset_about,
@@ -732,6 +733,7 @@ def plan_from_args(args: argparse.Namespace) -> dict[str, Any]:
     fixed = {text.partition("=")[0].strip().removeprefix("base.") for text in args.set if text.startswith("base.")}
     numbers = plan(config, gpus, price, args.mfu, calibration, args.law, fixed)
     chosen = select(stage_names(config), args.only, args.first, args.until, ())
+    check_mixtures(config, chosen)
     return numbers if chosen == stage_names(config) else _of_stages(numbers, chosen)
 
 

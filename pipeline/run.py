@@ -26,6 +26,7 @@ from pipeline.config import (
     add_config_flags,
     add_stage_flags,
     as_found,
+    check_mixtures,
     config_from_args,
     load_config,
     select,
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(f"run {config.name} in {store.storage.uri}", highlight=False, markup=False, soft_wrap=True)
     names = stage_names(config)
     selected = select(names, args.only, args.first, args.until, args.force)
+    check_mixtures(config, selected)
     if args.dry_run:
         planned = plan(store, config, names, selected, args.force)
         plan_table(planned, console)

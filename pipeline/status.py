@@ -8,7 +8,7 @@ import sys
 
 from cluster.storage import StorageError
 from pipeline.artifacts import RunStore, StageState
-from pipeline.config import Config, stage_names
+from pipeline.config import STAGE_NAMES, stage_names
 from pipeline.tracking import final_table, summary
 
 
@@ -21,7 +21,7 @@ def run_states(store: RunStore) -> list[StageState]:
         raise FileNotFoundError(f"no run {store.run!r}: {store.storage.uri} does not exist or is empty; see --storage")
     config = store.recorded()
     states = []
-    for name in stage_names(config or Config()):
+    for name in stage_names(config) if config else STAGE_NAMES:
         try:
             states.append(store.state(name))
         except StorageError as error:
@@ -30,7 +30,7 @@ def run_states(store: RunStore) -> list[StageState]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, or with --json {"run", "stages": [{"name", "state", "seconds", "metrics", "uri"}]}."""
+    """Print the table, or with --json {"run", "stages": [{"name", "state", "seconds", "metrics", "notes", "uri"}]}."""
     parser = argparse.ArgumentParser(prog="fathom status", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="name of the run")
     parser.add_argument("--storage", default="./runs", help="directory, s3:// or gs:// URI that holds the runs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from cluster import manifest as manifests
 from cluster.storage import StorageError
+from corpus import left_out
 from pipeline.artifacts import RunStore, StageState
 from stages.context import Progress
 
@@ -35,6 +36,7 @@ class Row:
     line: str = ""
     said: float = 0.0
     told: int = 0  # notes printed
+    left_out: list[str] = field(default_factory=list)  # of a stage that is done
 
     def cells(self) -> list[str]:
         """Step, loss or reward, tokens a second, time left; empty where not known or not running."""
@@ -95,14 +97,15 @@ class LiveView:
                     self._say(name, row, before != row.state, now)
                 notes = row.progress.notes if row.progress else []
                 row.told = row.told if row.told <= len(notes) else 0  # a new attempt has begun
-                for note in notes[row.told :]:
+                for note in [*notes[row.told :], *row.left_out]:
                     self.console.print(f"{name:<14}  {note}", highlight=False, markup=False, soft_wrap=True)
                 row.told = len(notes)
         if self.console.is_terminal:
             self.live.update(self._table())
 
     def _look(self, name: str, row: Row) -> str:
-        if manifests.read(self.store.stage(name)) is not None:
+        if (made := manifests.read(self.store.stage(name))) is not None:
+            row.left_out = left_out.lines(made.stats.get("read", {}))
             return "done"
         progress = self.store.progress(name)
         if progress is None or progress == self.stale[name]:
@@ -152,13 +155,20 @@ def _number(value: float) -> str:
 
 
 def summary(store: RunStore, state: StageState) -> dict[str, Any]:
-    """One stage as plain values: name, state, seconds, metrics, uri."""
+    """One stage as plain values: name, state, seconds, metrics, notes (what was left out, and why), uri."""
     made = state.manifest or state.progress
+    notes = state.progress.notes if state.progress else []
+    if state.manifest is not None:
+        stats = state.manifest.stats
+        skipped = stats.get("skipped", {}).items()
+        notes = [f"{source}: {left_out.skipped(files)} not read" for source, files in skipped]
+        notes += left_out.lines(stats.get("read", {}))
     return {
         "name": state.name,
         "state": state.state,
         "seconds": made.seconds if made else None,
         "metrics": made.metrics if made else {},
+        "notes": notes,
         "uri": store.stage(state.name).uri,
     }
 
@@ -183,7 +193,7 @@ def final_table(store: RunStore, states: list[StageState], console: Console | No
     console.print(table)
     for state in states:
         trace = [f"the whole traceback is in {state.traceback}"] if state.traceback else []
-        for line in [*state.drift, *([state.error] if state.error else []), *trace]:
+        for line in [*summary(store, state)["notes"], *state.drift, *([state.error] if state.error else []), *trace]:
             console.print(f"{state.name}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 

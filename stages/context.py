@@ -97,10 +97,12 @@ class StageContext:
             seconds=seconds,
         )
 
-    def publish(self, directory: Path, metrics: dict[str, Any], seconds: float) -> None:
+    def publish(
+        self, directory: Path, metrics: dict[str, Any], seconds: float, stats: dict[str, Any] | None = None
+    ) -> None:
         """Uploads a directory as this stage's artifact; the manifest, last, makes it done."""
         files = self.storage.upload_tree(directory)
-        manifest.write(self.storage, self.manifest(files, metrics, seconds))
+        manifest.write(self.storage, self.manifest(files, metrics, seconds, stats))
         self.storage.delete(manifest.CHECKPOINTS)
         for path in (PROGRESS, SOURCES, TRACEBACK):
             self.storage.delete(path)

@@ -1,28 +1,34 @@
-"""What mid and SFT train on, and the problems of RL and evaluation, as ingest leaves them."""
+"""The conversations stage: what mid and SFT train on, and the problems of RL and evaluation.
+
+It is a stage of its own beside ingest, so that who only pretrains needs none of it, and may add it later.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from corpus.conversation import render
+from corpus.conversation import answers, render
+from corpus.left_out import UnusableError, counted, lines, reasons, skipped
 from corpus.packing import Document as Packed
 from corpus.packing import pack
 from corpus.rows import Index, RowWriter
-from corpus.sources import SYNTHETIC
+from corpus.sources import ROW_KINDS, SYNTHETIC, skipped_files
 from corpus.synthetic import Split
 from corpus.tokenizers import Tokenizer, UnknownCharacterError
 from stages.config import NONE, DataConfig
+from stages.context import StageContext
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 from tasks.gsm8k import GSM8K
-from tasks.mixture import Part, mixture
+from tasks.mixture import Part, digest_of, mixture, sizes
 
 HOLD_OUT_EVERY = 10  # at most one document or conversation in so many is held out
 
@@ -30,6 +36,52 @@ HOLD_OUT_EVERY = 10  # at most one document or conversation in so many is held o
 def is_held_out(index: int, limit: int) -> bool:
     """Whether the document (or conversation) `index` is one of the `limit` that are kept for validation."""
     return index % HOLD_OUT_EVERY == 1 and index // HOLD_OUT_EVERY < limit
+
+
+def run(context: StageContext, data: DataConfig, sequence_len: int, seed: int) -> None:
+    began = time.monotonic()
+    mixtures = {stage: parts for stage, parts in (("mid", data.mid), ("sft", data.sft)) if parts}
+    for stage, parts in mixtures.items():
+        try:
+            sizes(parts)  # mistakes now, not after hours
+        except (ValueError, OSError) as error:
+            raise ValueError(f"data.{stage}: {error}") from error
+    sources = [part for part in data.sources() if part.source != data.corpus]
+    check_unchanged(sources, data.digests)
+    tokenizer = Tokenizer.load(context.fetch("tokenizer"))
+    records = sorted({part.source for part in sources if part.format in ("chat", "choices")})
+    stats: dict[str, Any] = {"skipped": tell_skipped(context, records, ROW_KINDS), "read": {}}
+    figures: dict[str, int] = {}
+    with context.scratch() as directory:
+        for split in get_args(Split):
+            write_problems(directory / "task" / f"{split}.jsonl", task_problems(data, split, seed))
+        for stage, parts in mixtures.items():
+            limit = data.validation_documents
+            made = ingest_mixture(directory / stage, stage, parts, tokenizer, sequence_len + 1, limit, seed)
+            stats["read"] |= {f"{stage}.{name}": counts for name, counts in made.pop("parts").items()}
+            stats[stage] = made
+            figures[f"{stage}_rows"] = made["rows"]
+        check_unchanged(sources, data.digests)
+        context.publish(directory, figures, time.monotonic() - began, stats)
+
+
+def tell_skipped(context: StageContext, sources: Sequence[str], kinds: Sequence[str]) -> dict[str, dict[str, int]]:
+    """The sources that are folders with files that are not read: how many, and why. The user is told."""
+    found = {source: dict(files) for source in sources if (files := skipped_files(source, kinds))}
+    for source, counts in found.items():
+        context.note(f"{source}: {skipped(counts)} not read")
+    return found
+
+
+def check_unchanged(sources: Sequence[Part], digests: dict[str, str]) -> None:
+    """Raises ValueError for a file that does not say what the artifact's identity has it say."""
+    for part in sources:
+        was = digests.get(part.source)
+        if was is not None and digest_of(part) != was:
+            raise ValueError(
+                f"{part.source} is not what it was where the run was started, SHA-256 {was[:12]}: all machines need "
+                "the same, and it must not change while it is read; run the same command again to take it as it is"
+            )
 
 
 def task_problems(data: DataConfig, split: Split, seed: int) -> list[Problem]:
@@ -58,34 +110,39 @@ def ingest_mixture(
     validation: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Writes train and val rows of a mixture, padded; returns what was counted. SFT learns what the assistant writes,
-    mid every token."""
-    counts: dict[str, Counter[str]] = {name: Counter() for name in parts}
-    faults: list[str] = []
+    """Writes train and val rows of a mixture, padded; returns how many these are, and the counts of each part. SFT
+    learns what the assistant writes, mid every token.
+
+    Raises ValueError where a part gives nothing, or all parts together no two conversations that differ.
+    """
+    read: Counter[str] = Counter()
+    left_out: dict[str, Counter[str]] = {name: Counter() for name in parts}
+    shortened: Counter[str] = Counter()
+    examples: dict[str, dict[str, str]] = {name: {} for name in parts}  # the first fault of each reason
     held_out: dict[bytes, Packed] = {}
     trained: set[bytes] = set()  # hashes, so that no conversation is on both sides
+    end = tokenizer.special("<|assistant_end|>")
 
     def training() -> Iterator[Packed]:
         """What is held out goes to the side as it comes by."""
         fitting = 0
-        for name, conversation in mixture(parts, seed):
+        for name, found in mixture(parts, seed):
+            read[name] += 1
             try:
-                ids, mask = render(conversation, tokenizer, row_len)
+                if isinstance(found, UnusableError):
+                    raise found
+                ids, mask = render(found, tokenizer, row_len)
+                shortened[name] += int((ids == end).sum()) < answers(found)
             except UnknownCharacterError as error:
-                raise ValueError(f"data.{stage}.{name}, conversation {counts[name].total() + 1}: {error}") from error
-            except ValueError as error:
-                counts[name]["rejected"] += 1
-                faults.append(f"data.{stage}.{name}: {error}")
-                del faults[1:]
-                continue
-            if not len(ids):
-                counts[name]["too_long"] += 1
+                raise ValueError(f"data.{stage}.{name}, conversation {read[name]}: {error}") from error
+            except UnusableError as error:
+                left_out[name][error.reason] += 1
+                examples[name].setdefault(error.reason, str(error))
                 continue
             item, key = (ids, mask if stage == "sft" else None), hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
             if key in held_out:
-                counts[name]["held_out_again"] += 1
+                left_out[name]["held_out_again"] += 1
                 continue
-            counts[name]["conversations"] += 1
             if is_held_out(fitting, validation) and key not in trained:
                 held_out[key] = item
             else:
@@ -98,13 +155,33 @@ def ingest_mixture(
         packed = pack(items, row_len, "pad", pad_id=tokenizer.bos)
         index = write_rows(directory / split, packed, row_len, tokenizer.vocab_size, masked=True)
         rows[split] = sum(count for _, count in index["files"])
+    found = {}
+    for name in parts:
+        found[name] = counted(read[name], left_out[name])
+        if shortened[name]:
+            found[name]["shortened"] = shortened[name]
+        if left_out[name]:
+            example = examples[name].get(max(left_out[name], key=left_out[name].__getitem__))
+            found[name] |= {"example": example} if example else {}
+        if not found[name]["kept"]:
+            raise ValueError(
+                f"data.{stage}.{name}: none of {read[name]:,} conversations can be used: "
+                f"{reasons(left_out[name])}{advice(found[name])}"
+            )
     if not (rows["train"] and rows["val"]):
-        made = sum(c["conversations"] for c in counts.values())
         raise ValueError(
-            f"{stage}: {made} conversations fit into rows of {row_len} tokens; at least 2 are needed. "
-            + (faults[0] if faults else "Give --chat, --gsm8k or both, or a larger model.sequence_len")
+            f"{stage} needs two conversations that differ, one of them for validation, and has "
+            f"{sum(counts['kept'] for counts in found.values()):,}, in which there are {len(trained | {*held_out})}"
+            + "".join(f"; {line}" for line in lines(found))
         )
-    return {"rows": rows["train"], "validation_rows": rows["val"], "parts": {n: dict(c) for n, c in counts.items()}}
+    return {"rows": rows["train"], "validation_rows": rows["val"], "parts": found}
+
+
+def advice(counts: dict[str, Any]) -> str:
+    """What to do about the commonest reason for which conversations are left out."""
+    if max(counts["left_out"], key=counts["left_out"].__getitem__, default="") == "too_long":
+        return ": give a larger model.sequence_len, or shorter conversations"
+    return f" (such as {counts['example']})" if "example" in counts else ""
 
 
 def write_rows(

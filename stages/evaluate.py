@@ -70,12 +70,12 @@ def bits_per_byte(
 
 @contextmanager
 def opened(context: StageContext, file: EnvironmentFile | None, timeout: float) -> Iterator[Environment]:
-    """What RL and evaluation ask: the environment of the user's file, else the problems that ingest put aside.
+    """What RL and evaluation ask: the environment of the user's file, else the problems of `--gsm8k`.
 
     `timeout` is in seconds a call of the file's code. Raises EnvironmentFault.
     """
     if file is None:
-        yield GSM8K(str(context.fetch("ingest", "task")))
+        yield GSM8K(str(context.fetch("conversations", "task")))
         return
     environment = FileEnvironment(file, timeout)
     try:

@@ -81,10 +81,15 @@ def index_of(notes: dict[int, Note], shards: int, split: str) -> Index | None:
     return first | {"files": files, "complete": until >= needed}
 
 
+def holder_of(part: str) -> str:
+    """The stage whose artifact has the rows of "<stage>/<split>"."""
+    return "ingest" if part.startswith("base/") else "conversations"
+
+
 def open_rows(context: StageContext, part: str) -> Rows:
     """The rows of "<stage>/<split>" wherever ingest left them, or is leaving them; every file's hash is checked when it
     is first read. Raises RuntimeError once ingest has failed, StorageError where there are none."""
-    ingest = context.upstream["ingest"]
+    ingest = context.upstream[holder_of(part)]
     made = manifest.read(ingest)
     digest = context.upstream_digests.get("ingest:base", "")
     if made is None and not digest.startswith(GROWING):
@@ -96,7 +101,7 @@ def open_rows(context: StageContext, part: str) -> Rows:
     def fetch(name: str) -> Path:
         path = f"{part}/{name}"
         if path not in entries:
-            raise FileNotFoundError(f"{ingest.uri} lists no {path}; make it again with --force ingest")
+            raise FileNotFoundError(f"{ingest.uri} lists no {path}; make it again with --force {holder_of(part)}")
         return manifest.fetch_file(ingest, entries[path], root)
 
     if made is not None:
@@ -157,6 +162,8 @@ def _known_sources(stage: Storage) -> Any:
 
 def wait_until_made(context: StageContext) -> None:
     """Returns once ingest, if it is still at work beside this stage, is done; raises RuntimeError when it failed."""
+    if not any(digest.startswith(GROWING) for digest in context.upstream_digests.values()):
+        return
     ingest = context.upstream["ingest"]
     while True:
         made = manifest.read(ingest)

@@ -1,4 +1,4 @@
-"""The ingest stage: documents and conversations to packed rows of token ids.
+"""The ingest stage: documents to packed rows of token ids.
 
 The corpus is cut into shards of whole work units, one row of a Ray Dataset each; a task reads, tokenizes and packs its
 shard in a stream and uploads the rows itself. What a shard holds depends on nothing but the corpus, so the bytes are
@@ -18,25 +18,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import ray.data
 
 from cluster import manifest
 from cluster.storage import READ_TRIES, FileEntry, Storage, StorageError
+from corpus.left_out import counted, reasons
 from corpus.packing import Document as Packed
 from corpus.packing import Packing, pack
 from corpus.rows import ROWS_FILE, write_index
-from corpus.sources import ROW_KINDS, Document, Unit, changed_text, read_unit, skipped_files, skipped_text, units
-from corpus.synthetic import Split
+from corpus.sources import KINDS, Document, Unit, changed_text, read_unit, units
 from corpus.tokenizers import Tokenizer, UnknownCharacterError
 from stages.config import DataConfig, IngestConfig
 from stages.context import PROGRESS, StageContext
 from stages.context import Progress as Said
-from stages.conversations import ingest_mixture, is_held_out, task_problems, write_problems, write_rows
+from stages.conversations import check_unchanged, is_held_out, tell_skipped, write_rows
 from stages.growing import NOTES, PLAN, SPLITS, VALIDATION_SHARDS, Note, Plan, index_of, note_path, read_notes
-from tasks.mixture import digest_of, sizes
+from tasks.mixture import Part
 
 GROUP = 256  # shards whose duplicates are looked for together
 FEW_SHARDS, SMALL_SHARD = 16, 4 << 20  # a corpus of fewer is cut into as many, none smaller: for all cores
@@ -84,53 +84,19 @@ def documents_of(shard: dict[str, Any], counts: Counter[str] | None = None) -> I
 
 def run(context: StageContext, data: DataConfig, config: IngestConfig, sequence_len: int, seed: int) -> None:
     began = time.monotonic()
-    tokenizer = load_tokenizer(context.fetch("tokenizer"))
-    for stage, parts in (("mid", data.mid), ("sft", data.sft)):
-        try:
-            sizes(parts)  # mistakes now, not after hours
-        except (ValueError, OSError) as error:
-            raise ValueError(f"data.{stage}: {error}") from error
-    check_unchanged(data)
-    skipped = skipped_in(data)
-    for source, files in skipped.items():
-        context.note(f"{source}: {skipped_text(files)} not read")
+    corpus = [Part(source=data.corpus)]
+    check_unchanged(corpus, data.digests)
+    skipped = tell_skipped(context, [data.corpus], KINDS)
     entries, stats = ingest_corpus(context, data, config, sequence_len + 1, seed)
     stats["skipped"] = skipped
     figures = {name: stats[name] for name in ("documents", "tokens", "characters_per_token", "cropped_share", "rows")}
-    with context.scratch() as directory:
-        for split in get_args(Split):
-            write_problems(directory / "task" / f"{split}.jsonl", task_problems(data, split, seed))
-        for stage, parts in (("mid", data.mid), ("sft", data.sft)):
-            limit = data.validation_documents
-            stats[stage] = ingest_mixture(directory / stage, stage, parts, tokenizer, sequence_len + 1, limit, seed)
-            figures[f"{stage}_rows"] = stats[stage]["rows"]
-        check_unchanged(data)
-        entries += context.storage.upload_tree(directory)
+    check_unchanged(corpus, data.digests)
     made = context.manifest(sorted(entries, key=lambda e: e.path), figures, time.monotonic() - began, stats)
     manifest.write(context.storage, made)
     for folder in (NOTES, HASHES):
         context.storage.delete(folder)
     for path in context.storage.list().keys() - {e.path for e in entries} - {manifest.MANIFEST}:
         context.storage.delete(path)  # what killed attempts left, too
-
-
-def skipped_in(data: DataConfig) -> dict[str, dict[str, int]]:
-    """The sources that are folders with files that are not read: how many, and why."""
-    records = {part.source for part in (*data.mid.values(), *data.sft.values()) if part.format in ("chat", "choices")}
-    found = {source: skipped_files(source, ROW_KINDS) for source in sorted(records)}
-    found[data.corpus] = skipped_files(data.corpus)
-    return {source: dict(files) for source, files in found.items() if files}
-
-
-def check_unchanged(data: DataConfig) -> None:
-    """Raises ValueError for a file that does not say what the artifact's identity has it say."""
-    for part in data.sources():
-        was = data.digests.get(part.source)
-        if was is not None and digest_of(part) != was:
-            raise ValueError(
-                f"{part.source} is not what it was where the run was started, SHA-256 {was[:12]}: all machines need "
-                "the same, and it must not change before ingest is done; run the same command again to take it as it is"
-            )
 
 
 def ingest_corpus(
@@ -314,12 +280,15 @@ def finished(
     """The files of base, the indexes written now, and the statistics of all shards together."""
     entries = [FileEntry(**file) for note in notes for file in note["files"]]
     counts, rejected = (sum((Counter(n["stats"][name]) for n in notes), Counter()) for name in ("counts", "rejected"))
+    split_up = rejected.pop("split", 0)  # these are kept, in pieces
+    left_out = rejected + Counter({"duplicates": counts["duplicates"]})
+    corpus = counted(counts["documents"] + left_out.total(), left_out)
     for split in SPLITS:
         if not counts[f"{split}_rows"]:
-            why = ", ".join(f"{count} {reason}" for reason, count in sorted(rejected.items()))
+            why = f" (of {corpus['read']:,} documents are left out: {reasons(left_out)})" if left_out else ""
             raise ValueError(
                 f"corpus {data.corpus!r} does not fill one {split} row of {row_len} tokens: give more text in at least "
-                "two documents, as some are held out, or a smaller model.sequence_len" + (f" ({why})" if why else "")
+                f"two documents, as some are held out, or a smaller model.sequence_len{why}"
             )
         with context.scratch() as scratch:
             write_index(scratch, index_of(dict(enumerate(notes)), len(notes), split) or {})
@@ -334,9 +303,8 @@ def finished(
         "rows": counts["train_rows"],
         "validation_rows": counts["val_rows"],
         "cropped_share": round(counts["cropped"] / max(1, counts["tokens"]), 4),
-        "duplicates": counts["duplicates"],
-        "split": rejected.pop("split", 0),
-        "rejected": dict(sorted(rejected.items())),
+        "split": split_up,
+        "read": {"corpus": corpus},
         "tokens_below": {str(1 << bits): lengths[bits] for bits in sorted(lengths)},  # documents shorter than this
     }
     return entries, stats

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
+from corpus.left_out import UnusableError
+
 
 @dataclass(frozen=True)
 class Question:
@@ -17,7 +19,7 @@ class Question:
 
 
 def question_of(record: dict[str, Any]) -> Question:
-    """The question of a row of ARC or MMLU; else ValueError naming what the row has.
+    """The question of a row of ARC or MMLU; else UnusableError naming what the row has.
 
     ARC: `question`, `choices` {text, label}, `answerKey`, one of the labels (A to E, or 1 to 4).
     MMLU: `question`, `choices`, `answer` from 0; in its `auxiliary_train` all that under `train`.
@@ -30,12 +32,14 @@ def question_of(record: dict[str, Any]) -> Question:
             pass
         case _:
             keys = ", ".join(sorted(map(str, record))) or "no keys"
-            raise ValueError(
+            raise UnusableError(
+                "malformed",
                 f"not a multiple-choice question: the row has {keys}; it needs `question`, `choices` and "
-                "`answerKey` (ARC) or `answer` (MMLU)"
+                "`answerKey` (ARC) or `answer` (MMLU)",
             )
     if not 0 <= right < len(texts) <= len(ascii_uppercase):
-        raise ValueError(f"a multiple-choice question has no right answer among its choices: {question[:80]!r}")
+        said = f"a multiple-choice question has no right answer among its choices: {question[:80]!r}"
+        raise UnusableError("malformed", said)
     return Question(question, tuple(map(str, texts)), ascii_uppercase[right])
 
 

@@ -14,11 +14,14 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from corpus.conversation import from_record
-from corpus.sources import SYNTHETIC, count_records, read_records
+from corpus.left_out import UnusableError
+from corpus.sources import SYNTHETIC, count_records, records_and_faults
 from corpus.synthetic import Split
 from tasks import base, choices, spelling
 from tasks.arithmetic import Arithmetic
 from tasks.gsm8k import GSM8K
+
+Found = dict[str, Any] | UnusableError  # a conversation, or what is wrong with the record in its place
 
 SYNTHETIC_ROWS = 40_000
 SMALL = 256 << 20  # bytes, which are hashed in a second
@@ -56,17 +59,17 @@ def digest_of(part: Part) -> str | None:
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def conversations(part: Part, seed: int) -> Iterator[dict[str, Any]]:
-    """The part's conversations in the order of its source, pass after pass, streamed.
+def conversations(part: Part, seed: int) -> Iterator[Found]:
+    """The part's conversations in the order of its source, pass after pass, streamed; in the place of a record that is
+    not of the part's format stands what is wrong with it.
 
     `seed` matters to what is generated: synthetic problems, the order and wording of spelling.
-    Raises ValueError naming the source when a record is not of the part's format.
     """
     for _ in range(part.repeats):
         yield from islice(_one_pass(part, seed), part.rows)
 
 
-def mixture(parts: dict[str, Part], seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def mixture(parts: dict[str, Part], seed: int) -> Iterator[tuple[str, Found]]:
     """(part, conversation) of all parts, each spread evenly over the whole length; streamed, the same every time.
 
     Raises ValueError, before the first one, when a part is empty or some parts have a weight and others none.
@@ -101,7 +104,7 @@ def sizes(parts: dict[str, Part]) -> dict[str, int]:
     return counts
 
 
-def _placed(name: str, part: Part, count: int, seed: int) -> Iterator[tuple[float, str, dict[str, Any]]]:
+def _placed(name: str, part: Part, count: int, seed: int) -> Iterator[tuple[float, str, Found]]:
     """The part's first `count` conversations with their positions in the mixture, which runs from 0 to 1."""
     for k, conversation in enumerate(islice(conversations(part, seed), count)):
         yield (k + 0.5) / count, name, conversation
@@ -119,7 +122,7 @@ def _records(part: Part) -> int:
     return min(count, part.rows or count)
 
 
-def _one_pass(part: Part, seed: int) -> Iterator[dict[str, Any]]:
+def _one_pass(part: Part, seed: int) -> Iterator[Found]:
     if part.format == "spelling":
         yield from spelling.conversations(part.source, seed)
     elif part.format == "gsm8k":
@@ -130,9 +133,11 @@ def _one_pass(part: Part, seed: int) -> Iterator[dict[str, Any]]:
         yield from map(base.conversation_of, problems)
     else:
         convert = from_record if part.format == "chat" else choices.conversation_of
-        for number, record in enumerate(read_records(part.source, part.split), 1):
+        for number, record in enumerate(records_and_faults(part.source, part.split), 1):
+            if isinstance(record, UnusableError):
+                yield record
+                continue
             try:
-                conversation = convert(record)
-            except ValueError as error:
-                raise ValueError(f"{part.source}, record {number}: {error}") from error
-            yield conversation
+                yield convert(record)
+            except UnusableError as error:
+                yield UnusableError(error.reason, f"{part.source}, record {number}: {error}")

@@ -28,10 +28,12 @@ from pipeline.config import (
     ConfigError,
     add_config_flags,
     as_found,
+    check_mixtures,
     config_from_args,
     dotted_keys,
     identity_of,
     load_config,
+    select,
     stage_names,
 )
 from pipeline.dag import StageError
@@ -39,7 +41,7 @@ from pipeline.scaling import grad_accum_steps
 from pipeline.status import run_states
 from stages import tokenizer as tokenizer_stage
 from stages.context import StageContext
-from stages.ingest import check_unchanged
+from stages.conversations import check_unchanged
 
 
 def parsed(*argv: str) -> Config:
@@ -133,13 +135,24 @@ def test_identity_leaves_out_how_a_run_is_run() -> None:
 
 def test_a_run_has_the_stages_it_needs() -> None:
     config = load_config("demo", {"with_rl": True})
-    evaluated = [name for stage in ("base", "mid", "sft", "rl") for name in (stage, f"evaluate_{stage}")]
-    assert stage_names(config) == ["tokenizer", "ingest", *evaluated]
-    assert stage_names(load_config("demo", {"with_rl": False})) == ["tokenizer", "ingest", *evaluated[:-2]]
-    unasked = load_config("demo", {"with_rl": False, "data": {"gsm8k": "none"}})
-    assert stage_names(unasked) == ["tokenizer", "ingest", "base", "evaluate_base", "mid", "sft"]
+    pretraining = ["tokenizer", "ingest", "base", "evaluate_base"]
+    evaluated = [name for stage in ("mid", "sft", "rl") for name in (stage, f"evaluate_{stage}")]
+    assert stage_names(config) == [*pretraining, "conversations", *evaluated]
+    assert stage_names(load_config("demo", {"with_rl": False})) == [*pretraining, "conversations", *evaluated[:-2]]
+    unasked = load_config("demo", {"with_rl": False, "data": {"gsm8k": "none", "chat": "chats.jsonl"}})
+    assert stage_names(unasked) == [*pretraining, "conversations", "mid", "sft"]
+    alone = load_config("demo", {"with_rl": False, "data": {"gsm8k": "none", "chat": "none"}})
+    assert stage_names(alone) == pretraining
+    with pytest.raises(ConfigError, match=r"--until mid: this run has no such stage; .*need --chat or --gsm8k"):
+        select(stage_names(alone), None, None, "mid", ())
+    with pytest.raises(ConfigError, match="--with-rl goes on from SFT, which has no conversations"):
+        load_config("demo", {"with_rl": True, "data": {"gsm8k": "none", "chat": "none"}})
+    only_sft = load_config(None, {"data": {"gsm8k": "none", "chat": "none"}}, ["data.sft.own.source=a.jsonl"])
+    check_mixtures(only_sft, select(stage_names(only_sft), None, None, "evaluate_base", ()))
+    with pytest.raises(ConfigError, match=r"mid has no conversations: give --chat.*--until evaluate_base"):
+        check_mixtures(only_sft, stage_names(only_sft))
     with pytest.raises(ConfigError, match="--with-rl needs problems to train on"):
-        load_config("demo", {"with_rl": True, "data": {"gsm8k": "none"}})
+        load_config("demo", {"with_rl": True, "data": {"gsm8k": "none", "chat": "chats.jsonl"}})
 
 
 def test_planning_imports_neither_torch_nor_ray() -> None:
@@ -320,7 +333,7 @@ def lines(path: Path, text: str) -> Path:
 
 
 def test_small_files_of_data_are_known_by_what_they_say(tmp_path: Path) -> None:
-    """Elsewhere they are the same; edited under the same name, and only then, ingest makes other rows."""
+    """Elsewhere they are the same; edited under the same name, and only then, other rows are made."""
 
     def config(folder: Path) -> Config:
         data = {"corpus": str(folder / "corpus.jsonl"), "chat": str(folder / "chat.jsonl"), "gsm8k": str(folder)}
@@ -341,15 +354,16 @@ def test_small_files_of_data_are_known_by_what_they_say(tmp_path: Path) -> None:
         lines(folders[1] / name, "edited")
         edited = config(folders[1])
         for stage in stage_names(first):
-            reading = ("tokenizer", "ingest") if name == "corpus.jsonl" else ("ingest",)
+            reading = ("tokenizer", "ingest") if name == "corpus.jsonl" else ("conversations",)
             assert (identity_of(stage, edited) != identity_of(stage, first)) == (stage in reading), name
         lines(folders[1] / name, name)
-    assert identity_of("ingest", config(folders[1])) == identity_of("ingest", first)
+    for stage in ("ingest", "conversations"):
+        assert identity_of(stage, config(folders[1])) == identity_of(stage, first)
     assert Config.model_validate(first.model_dump(mode="json")) == first
-    check_unchanged(first.data)
+    check_unchanged(first.data.sources(), first.data.digests)
     lines(folders[0] / "test.jsonl", "edited after the start")
     with pytest.raises(ValueError, match=rf"^{folders[0]} is not what it was where the run was started"):
-        check_unchanged(first.data)
+        check_unchanged(first.data.sources(), first.data.digests)
 
 
 def test_files_that_are_gone_are_what_an_earlier_attempt_found(tmp_path: Path) -> None:
@@ -358,18 +372,16 @@ def test_files_that_are_gone_are_what_an_earlier_attempt_found(tmp_path: Path) -
     first = load_config("demo", {"data": {"chat": str(chat)}}, sets)
     chat.unlink()
     again = load_config("demo", {"data": {"chat": str(chat)}}, sets)
-    assert identity_of("ingest", again) != identity_of("ingest", first)
-    assert identity_of("ingest", as_found(again, lambda: first)) == identity_of("ingest", first)
+    assert identity_of("conversations", again) != identity_of("conversations", first)
+    assert identity_of("conversations", as_found(again, lambda: first)) == identity_of("conversations", first)
     assert as_found(again, lambda: None) == again
     lines(chat, "edited"), other.unlink()
     edited = as_found(load_config("demo", {"data": {"chat": str(chat)}}, sets), lambda: first)
-    drift = manifests.drift(identity_of("ingest", first), identity_of("ingest", edited))
+    drift = manifests.drift(identity_of("conversations", first), identity_of("conversations", edited))
     assert [line.partition(": ")[0] for line in drift] == ["data.chat", "data.mid.chat.source", "data.sft.chat.source"]
 
 
-def test_a_run_goes_on_without_the_files_that_ingest_has_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_goes_on_without_the_files_that_it_has_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat, store = lines(tmp_path / "chat.jsonl", "one"), RunStore(str(tmp_path), "demo")
     argv = ["--preset", "demo", "--storage", str(tmp_path), "--chat", str(chat)]
     config = parsed(*argv)
@@ -377,13 +389,14 @@ def test_a_run_goes_on_without_the_files_that_ingest_has_read(
     tokenizer = Manifest("demo", "tokenizer", [], identity_of("tokenizer", config))
     upstream = {"tokenizer": tokenizer.digest()}
     manifests.write(store.stage("tokenizer"), tokenizer)
-    manifests.write(store.stage("ingest"), Manifest("demo", "ingest", [], identity_of("ingest", config), upstream))
+    made = Manifest("demo", "conversations", [], identity_of("conversations", config), upstream)
+    manifests.write(store.stage("conversations"), made)
     chat.unlink()
-    assert run.main([*argv, "--until", "ingest", "--dry-run"]) == 0
-    assert ["ingest", "done", "skip"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert run.main([*argv, "--only", "conversations", "--dry-run"]) == 0
+    assert ["conversations", "done", "skip"] in [line.split() for line in capsys.readouterr().out.splitlines()]
     lines(chat, "edited")
-    with pytest.raises(StageError, match=r"ingest: data\.chat: \w{64} -> \w{64}"):
-        run.main([*argv, "--until", "ingest", "--dry-run"])
+    with pytest.raises(StageError, match=r"conversations: data\.chat: \w{64} -> \w{64}"):
+        run.main([*argv, "--only", "conversations", "--dry-run"])
 
 
 def test_a_preset_is_known_by_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from corpus import synthetic
 from corpus.conversation import from_record, render, render_prompt
+from corpus.left_out import UnusableError
 from corpus.sources import read_records
 from corpus.tokenizers import SPECIAL_TOKENS, Tokenizer
 
@@ -64,15 +65,21 @@ def test_exchanges_that_do_not_fit_are_dropped_whole(tokenizer: Tokenizer) -> No
     full, _ = render(TOOL_CHAT, tokenizer, 1_000)
     first, _ = render({"messages": TOOL_CHAT["messages"][:3]}, tokenizer, 1_000)
     for max_len in range(len(full) + 2):
+        if max_len < len(first):
+            with pytest.raises(UnusableError, match=f"has more than {max_len} tokens") as caught:
+                render(TOOL_CHAT, tokenizer, max_len)
+            assert caught.value.reason == "too_long"
+            continue
         ids, mask = render(TOOL_CHAT, tokenizer, max_len)
-        expected = full if max_len >= len(full) else first if max_len >= len(first) else full[:0]
+        expected = full if max_len >= len(full) else first
         assert np.array_equal(ids, expected)
         assert len(mask) == len(ids)
 
 
 def test_a_question_without_an_answer_is_not_trained_on(tokenizer: Tokenizer) -> None:
-    ids, mask = render({"messages": [{"role": "user", "content": "Hello?"}]}, tokenizer, 100)
-    assert len(ids) == len(mask) == 0
+    with pytest.raises(UnusableError, match="no message is of the assistant") as caught:
+        render({"messages": [{"role": "user", "content": "Hello?"}]}, tokenizer, 100)
+    assert caught.value.reason == "no_answer"
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(SPECIAL_TOKENS))
@@ -264,9 +271,8 @@ def test_malformed_messages_are_refused(tokenizer: Tokenizer, message: Any) -> N
 @pytest.mark.parametrize("name", ["dolly_1000.jsonl", "sgd_val.jsonl"])
 def test_real_chats_render(tokenizer: Tokenizer, shared_data: Path, name: str) -> None:
     for number, record in enumerate(read_records(str(shared_data / "chat" / name))):
-        ids, mask = render(from_record(record), tokenizer, 2_048)
-        assert len(ids) <= 2_048
-        assert not len(ids) or (ids[0] == tokenizer.bos and mask[-1] == 1)
+        ids, mask = render(from_record(record), tokenizer, 8_192)
+        assert len(ids) <= 8_192 and ids[0] == tokenizer.bos and mask[-1] == 1
         if number == 150:
             break
 

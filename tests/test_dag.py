@@ -160,7 +160,7 @@ def test_reuse_takes_what_would_be_made_the_same(store: RunStore, config: Config
     other = load_config("demo", {"storage": config.storage, "name": "other"}, ["mid.matrix_lr=0.5"])
     mine = RunStore(other.storage, other.name)
     taken = reuse(mine, store, other, stage_names(other))
-    assert taken == ["tokenizer", "ingest", "base", "evaluate_base"]
+    assert taken == ["tokenizer", "ingest", "base", "evaluate_base", "conversations"]
     for name in taken:
         manifest = manifests.read(mine.stage(name))
         assert manifest is not None

@@ -38,12 +38,11 @@ STATS = {
     "rows": 40,
     "validation_rows": 1,
     "cropped_share": 0.125,
-    "duplicates": 7,
     "split": 0,
-    "rejected": {"empty": 3},
     "tokens_below": {"1024": 34, "64": 200, "128": 1_000},
-    "sft": {"rows": 1, "validation_rows": 1, "parts": {"smoltalk": {"conversations": 2, "too_long": 9}}},
+    "read": {"corpus": {"read": 1_244, "kept": 1_234, "left_out": {"duplicates": 7, "empty": 3}}},
 }
+SFT_READ = {"sft.smoltalk": {"read": 11, "kept": 2, "left_out": {"too_long": 9}}}
 
 
 def write(directory: Path, tokenizer: Tokenizer, rows: Any, masked: bool) -> None:
@@ -76,8 +75,10 @@ def store(tmp_path: Path) -> RunStore:
         render({"messages": [{"role": "user", "content": u}, {"role": "assistant", "content": a}]}, tokenizer, ROW_LEN)
         for u, a in CHATS
     ]
-    write(ingest / "sft/train", tokenizer, pack(chats, ROW_LEN, "pad", tokenizer.bos), masked=True)
     publish(store, "ingest", ingest, {"tokenizer": made.digest()}, stats=STATS)
+    conversations = tmp_path / "conversations"
+    write(conversations / "sft/train", tokenizer, pack(chats, ROW_LEN, "pad", tokenizer.bos), masked=True)
+    publish(store, "conversations", conversations, {"tokenizer": made.digest()}, stats={"read": SFT_READ})
     return store
 
 
@@ -102,7 +103,7 @@ Command = Callable[..., tuple[int, str, str]]
 def test_every_bos_begins_a_document_and_spelled_out_ones_do_not(store: RunStore, command: Command) -> None:
     code, out, _ = command("inspect", "--json", "--rows", "2")
     shown, tokenizer = json.loads(out), tokenizer_of(store)
-    assert code == 0 and shown["row_len"] == ROW_LEN and shown["stats"] == STATS
+    assert code == 0 and shown["row_len"] == ROW_LEN and shown["stats"] == STATS | {"read": STATS["read"] | SFT_READ}
     assert (shown["run"], shown["stage"], shown["split"]) == ("r", "base", "train")
     lengths = [len(tokenizer.encode(text)) + 1 for text in TEXTS]
     first, second = shown["rows"]
@@ -165,8 +166,9 @@ def test_piped_output_marks_documents_and_mask_without_colour(command: Command) 
     assert re.search(r"^── padding, \d+ tokens? ──$", out, re.MULTILINE)
     figures = dict(re.findall(r"^(\w[\w: ]*?) {2,}([\d,.%]+) *$", out, re.MULTILINE))
     assert figures["documents"] == "1,234" and figures["cropped tokens"] == "12.5%"
-    assert figures["rejected: empty"] == "3"
-    assert re.search(r"^sft +smoltalk +2 +9 +0 *$", out, re.MULTILINE)
+    assert re.search(r"^corpus +1,244 +1,234 +7 duplicates, 3 empty *$", out, re.MULTILINE)
+    assert re.search(r"^sft\.smoltalk +11 +2 +9 too long *$", out, re.MULTILINE)
+    assert "\ncorpus: 1,234 of 1,244 documents are used; left out: 7 duplicates, 3 empty\n" in out
 
 
 def test_a_terminal_gets_colours_instead_of_brackets() -> None:
@@ -209,7 +211,11 @@ def test_the_plot_is_a_picture_with_a_bar_for_each_power_of_two(command: Command
 
 def test_verify_hashes_every_finished_stage(store: RunStore, command: Command) -> None:
     code, out, _ = command("verify")
-    files = [f for s in ("tokenizer", "ingest") for f in (manifests.read(store.stage(s)) or pytest.fail()).files]
+    files = [
+        f
+        for s in ("tokenizer", "ingest", "conversations")
+        for f in (manifests.read(store.stage(s)) or pytest.fail()).files
+    ]
     assert code == 0 and out.splitlines()[-1].startswith(f"ok: {len(files)} files, ")
     assert "not finished, so not checked: base," in out
     code, out, _ = command("verify", "--stage", "tokenizer")
@@ -225,17 +231,17 @@ def flip(file: Path) -> None:
 def test_verify_names_every_file_that_is_not_what_was_stored(store: RunStore, command: Command) -> None:
     root = Path(store.stage("ingest").uri)
     flip(root / "base/train/00000-000.tokens")
-    short = root / "sft/train/00000-000.mask"
+    short = Path(store.stage("conversations").uri) / "sft/train/00000-000.mask"
     size = short.stat().st_size
     short.write_bytes(short.read_bytes()[:-1])
     (root / "base/val/rows.json").unlink()
     code, out, errors = command("verify")
     assert code == 1 and "ok: " not in out and "ok, " in out  # the tokenizer is
-    faults = [line for line in out.splitlines() if line.startswith("ingest/")]
+    faults = [line for line in out.splitlines() if line.startswith(("ingest/", "conversations/"))]
     assert len(faults) == 3
     assert re.fullmatch(r"ingest/base/train/00000-000.tokens has SHA-256 \w{12} instead of \w{12}", faults[0])
     assert faults[1] == "ingest/base/val/rows.json is missing"
-    assert faults[2] == f"ingest/sft/train/00000-000.mask has {size - 1:,} bytes instead of {size:,}"
+    assert faults[2] == f"conversations/sft/train/00000-000.mask has {size - 1:,} bytes instead of {size:,}"
     assert "--force ingest" in errors and "--force tokenizer" not in errors
     assert command("verify", "--stage", "tokenizer")[0] == 0
 
@@ -256,7 +262,7 @@ def test_damaged_rows_are_not_shown(store: RunStore, command: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stage", "mid"], "run r has no rows in mid/train; ingest made base/train, base/val, sft/train"),
+        (["--stage", "mid"], "run r has no rows in mid/train; conversations made sft/train"),
         (["--start", "5000"], "--start 5000: base/train has 2"),
         (["--seed", "1"], "--seed orders the rows of a training step: give --step too"),
         (["--split", "val", "--step", "1"], "only train rows make up steps"),

@@ -334,7 +334,7 @@ def test_a_run_whose_environment_does_not_work_does_not_begin(tmp_path: Path) ->
 
 
 def test_a_bug_that_comes_with_an_answer_fails_rl_and_harms_nothing(line: Run, tmp_path: Path) -> None:
-    made = ("tokenizer", "ingest", "base", "mid", "sft")
+    made = ("tokenizer", "ingest", "base", "conversations", "mid", "sft")
     run = line.branch(tmp_path, *made)
     before = run.manifests()
     file = tmp_path / "own.py"
@@ -350,7 +350,7 @@ def test_a_bug_that_comes_with_an_answer_fails_rl_and_harms_nothing(line: Run, t
 
 def test_problems_without_room_for_an_answer_are_neither_trained_on_nor_measured(line: Run, tmp_path: Path) -> None:
     """RL has as many steps as the others are for, and the user is told."""
-    run, file = line.branch(tmp_path, "tokenizer", "ingest", "base", "mid", "sft"), tmp_path / "own.py"
+    run, file = line.branch(tmp_path, "tokenizer", "ingest", "base", "conversations", "mid", "sft"), tmp_path / "own.py"
     one_pass = {name: value for name, value in SETTINGS.items() if name != "rl.steps"}
     head = HEAD.replace("[Problem('question', 'answer')]", "[Problem(f'{n} ' * n**2, '') for n in range(16)]")
     file.write_text(head + "def grade(problem, completion):\n    return {'reward': float(problem.question == '')}\n")

@@ -6,10 +6,11 @@ import json
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runs import Run, start
 
 from cluster import manifest
 from cluster.manifest import Manifest
 from cluster.storage import Storage
+from corpus import left_out
 from corpus.packing import pack
 from corpus.rows import Rows
 from corpus.sources import read_unit, units
 from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
 from pipeline.run import note_end
-from stages import ingest
+from stages import conversations, ingest
 from stages.config import DataConfig, IngestConfig
 from stages.context import GROWING, PROGRESS, SOURCES, StageContext
 from stages.conversations import ingest_mixture, task_problems, write_problems
@@ -75,11 +79,15 @@ def context_of(path: Path, tokenizer: Storage) -> StageContext:
     return StageContext("test", "ingest", Storage(path), {"tokenizer": tokenizer}, {"of": "test"}, {"tokenizer": "t"})
 
 
-def ingested(path: Path, tokenizer: Storage, corpus: Path, tasks: int = 0, **data: Any) -> tuple[Manifest, dict]:
+def ingested(
+    path: Path, tokenizer: Storage, corpus: Path, tasks: int = 0, shard_bytes: int = 1, **data: Any
+) -> tuple[Manifest, dict]:
     """The artifact of base's rows, and what was counted."""
     context = context_of(path, tokenizer)
     config = DataConfig(corpus=str(corpus), validation_documents=64, **data)
-    entries, stats = ingest.ingest_corpus(context, config, IngestConfig(shard_bytes=1, tasks=tasks), ROW_LEN, 0)
+    entries, stats = ingest.ingest_corpus(
+        context, config, IngestConfig(shard_bytes=shard_bytes, tasks=tasks), ROW_LEN, 0
+    )
     made = context.manifest(sorted(entries, key=lambda e: e.path), {}, 0.0, stats)
     manifest.write(context.storage, made)
     return made, stats
@@ -101,7 +109,7 @@ def test_the_rows_are_the_same_for_any_number_of_tasks(
 ) -> None:
     made, stats = ingested(tmp_path, tokenizer, corpus, tasks)
     assert made.digest("base") == once.digest("base")
-    assert stats["documents"] == SHARDS * 30 and stats["duplicates"] == 0 and not stats["rejected"]
+    assert stats["documents"] == SHARDS * 30 and not stats["read"]["corpus"]["left_out"]
 
 
 def test_the_rows_are_the_same_in_any_order_of_completion(
@@ -165,8 +173,9 @@ def test_every_document_is_trained_on_held_out_or_counted(tmp_path: Path, ray_he
     (directory / "d.txt").write_text("plain " * 50)
     _, stats = ingested(tmp_path / "run", tokenizer, directory)
     pieces = 4  # of the document of 4,000,000 characters
-    assert stats["rejected"] == {"binary": 1, "empty": 3, "invalid_utf8": 2, "not_json": 1, "null": 2}
-    assert (stats["duplicates"], stats["split"]) == (3, 1)
+    left_out = {"binary": 1, "duplicates": 3, "empty": 3, "invalid_utf8": 2, "not_json": 1, "null": 2}
+    read = len(lines) + 4 + 2 + (pieces - 1)
+    assert stats["read"] == {"corpus": {"read": read, "kept": read - 12, "left_out": left_out}} and stats["split"] == 1
     assert stats["documents"] == len(good) + 2 + pieces == sum(stats["tokens_below"].values())
     bos = Tokenizer.load(Path(tokenizer.uri)).bos
     assert all(row[0] == bos for row in rows_of(tmp_path / "run"))
@@ -187,7 +196,7 @@ def test_duplicates_are_found_across_groups_of_shards_and_the_first_stays(
     _, whole = ingested(tmp_path / "whole", tokenizer, directory)
     monkeypatch.setattr(ingest, "GROUP", 2)
     _, stats = ingested(tmp_path / "run", tokenizer, directory)
-    assert stats == whole and (stats["documents"], stats["duplicates"]) == (120, 90)
+    assert stats == whole and (stats["documents"], stats["read"]["corpus"]["left_out"]) == (120, {"duplicates": 90})
     lines = [row.tobytes() for row in rows_of(tmp_path / "run")]
     assert len(set(lines)) == len(lines)
 
@@ -240,17 +249,18 @@ def test_no_conversation_is_on_both_sides_though_it_is_repeated(tmp_path: Path, 
     assert set(said["train"].values()) == {3} and not said["train"].keys() & said["val"].keys()
     assert len(said["train"]) + len(said["val"]) == size
     held_out = len(said["val"])
-    assert stats["parts"]["chat"] == {"conversations": 3 * size - 2 * held_out, "held_out_again": 2 * held_out}
+    kept = 3 * size - 2 * held_out
+    assert stats["parts"] == {"chat": {"read": 3 * size, "kept": kept, "left_out": {"held_out_again": 2 * held_out}}}
 
 
-def test_base_begins_beside_ingest_and_stays_when_only_a_mixture_changes(tmp_path: Path) -> None:
-    """The whole command. A changed mixture makes ingest again; base is not made again, as its rows are the same."""
+def test_base_begins_beside_ingest_and_stays_when_its_rows_do(tmp_path: Path) -> None:
+    """The whole command. Ingest made again leaves base as it is, as its rows are the same; a mixture is not asked."""
     corpus = write_corpus(tmp_path / "corpus", files=16, texts=300)
     sizes = {"model.depth": 1, "model.vocab_size": 300, "model.sequence_len": ROW_LEN - 1, "ingest.shard_bytes": 1}
     sizes |= {"ingest.tasks": 1, "data.validation_documents": 64, "data.synthetic_problems": 64, "base.steps": 6}
     sizes |= {"base.precision": "fp32", "base.eval_every": 3, "base.eval_rows": 4}
     sizes |= {f"{stage}.total_batch_size": 10 * (ROW_LEN - 1) for stage in ("base", "mid", "sft")}
-    settings = ["--corpus", str(corpus), "--chat", "none", "--gsm8k", "synthetic", *flags(sizes), "--until", "base"]
+    settings = ["--corpus", str(corpus), "--chat", str(tmp_path / "none.jsonl"), *flags(sizes), "--until", "base"]
     beside = Run(tmp_path, "r", [*settings, "--set", "ingest.overlap=true"])
     result = beside.go()
     assert result.code == 0, result.output
@@ -260,7 +270,7 @@ def test_base_begins_beside_ingest_and_stays_when_only_a_mixture_changes(tmp_pat
     made = manifest.read(Storage(beside.path / "ingest"))
     assert one is not None and made is not None and one.upstream["ingest:base"] == made.digest("base")
     assert len(beside.losses("base")) == 6
-    again = beside.go("--force", "ingest", "--set", "data.mid.gsm8k.rows=40")
+    again = beside.go("--force", "ingest", "--set", "ingest.packing=best_fit", "--chat", "none", "--gsm8k", "none")
     assert again.code == 0, again.output
     assert manifest.read(Storage(beside.path / "base")) == one
 
@@ -270,7 +280,7 @@ def test_without_deduplication_all_stay(tmp_path: Path, ray_here: None, tokenize
     directory.mkdir()
     (directory / "a.jsonl").write_text((json.dumps({"text": "the fox " * 40}) + "\n") * 30)
     _, kept = ingested(tmp_path / "kept", tokenizer, directory, deduplicate=False)
-    assert (kept["documents"], kept["duplicates"]) == (30, 0)
+    assert kept["read"]["corpus"] == {"read": 30, "kept": 30, "left_out": {}}
 
 
 def test_an_unknown_character_is_named_with_its_file_and_line(tmp_path: Path, ray_here: None) -> None:
@@ -403,7 +413,10 @@ def test_a_corpus_that_is_all_rejected_says_why(tmp_path: Path, ray_here: None, 
     directory = tmp_path / "text"
     directory.mkdir()
     (directory / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"does not fill one train row .*1 invalid_utf8"):
+    (directory / "b.jsonl").write_text(json.dumps({"text": "the same"}) + "\n" + json.dumps({"text": "the same"}))
+    (directory / "c.jsonl").write_text(json.dumps({"text": "the same"}))
+    reasons = r"\(of 4 documents are left out: 2 duplicates, 1 not UTF-8\)"
+    with pytest.raises(ValueError, match=rf"does not fill one train row .*{reasons}"):
         ingested(tmp_path / "run", tokenizer, directory)
 
 
@@ -428,7 +441,8 @@ def test_files_that_are_not_read_are_told_and_stay_told(tmp_path: Path, ray_here
     data = DataConfig(corpus=str(corpus), gsm8k="none", mid=parts, sft=parts, validation_documents=1)
     with pytest.raises(ValueError, match="does not fill one"):
         ingest.run(context, data, IngestConfig(), 1 << 20, 0)
-    assert ingest.skipped_in(data) == {str(corpus): {"hidden": 1}, str(chats): {"empty": 1}}
+    with pytest.raises(ValueError, match="two conversations that differ"):
+        conversations.run(context, data, ROW_LEN - 1, 0)
     notes = context.storage.read_json(PROGRESS)["notes"]
     assert sorted(notes) == [
         f"{chats}: 1 file of no bytes not read",
@@ -453,3 +467,121 @@ def test_a_file_that_changes_between_or_within_the_passes_is_named(tmp_path: Pat
     path.write_text('{"text": "new"}\n' + path.read_text())
     with pytest.raises(ValueError, match=r"a\.jsonl is not what it was"):
         ingest.pack_shard(row | {"kept": kept}, context, "best_fit", ROW_LEN)
+
+
+def asked(answer: Any, **more: Any) -> str:
+    """A line of a chat file."""
+    return json.dumps({"messages": [{"role": "user", "content": "the fox?"}, {"role": "assistant", **answer}], **more})
+
+
+# A line of a chat file for each reason to leave one out, and for none.
+CHATS: dict[str, list[str]] = {
+    "": [asked({"content": "over the dog"}), json.dumps({"prompt": "dog?", "response": "lazy"})],
+    "not_json": ["{", "[]", "3", "\x00"],
+    "no_conversation": [json.dumps({"text": "the fox"}), json.dumps({"messages": None}), "{}"],
+    "malformed": [json.dumps({"messages": m}) for m in ([], [3], [{"role": "fox", "content": ""}])],
+    "other_tool": [asked({"content": "", "tool_calls": [{"function": {"name": "search", "arguments": "{}"}}]})],
+    "empty_answer": [asked({"content": ""}), asked({"content": " \n"}), asked({"content": []})],
+    "no_answer": [json.dumps({"messages": [{"role": "user", "content": "dog?"}]})],
+    "too_long": [asked({"content": "the quick brown fox jumps " * 99})],
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([(reason, line) for reason, lines in CHATS.items() for line in lines]), max_size=30))
+def test_every_conversation_is_used_or_counted_under_its_reason(
+    tokenizer: Storage, lines: list[tuple[str, str]]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "chat.jsonl"
+        different = [("", json.dumps({"prompt": f"{i}?", "response": "fox"})) for i in range(12)]
+        lines = [*different, *lines]
+        source.write_text("".join(f"{line}\n" for _, line in lines))
+        parts = {"own": Part(source=str(source))}
+        made = ingest_mixture(Path(folder) / "sft", "sft", parts, Tokenizer.load(Path(tokenizer.uri)), ROW_LEN, 1, 0)
+    counts, reasons = made["parts"]["own"], Counter(reason for reason, _ in lines)
+    kept = reasons.pop("")
+    assert counts["left_out"] == reasons and (counts["read"], counts["kept"]) == (len(lines), kept)
+    if reasons:
+        (said,) = left_out.lines(made["parts"])
+        assert said.startswith(f"own: {kept} of {len(lines)} conversations are used; left out: {max(reasons.values())}")
+
+
+def test_a_part_of_which_nothing_is_of_use_is_named_with_the_largest_reason(tmp_path: Path, tokenizer: Storage) -> None:
+    ours, good = Tokenizer.load(Path(tokenizer.uri)), tmp_path / "good.jsonl"
+    good.write_text("".join(json.dumps({"prompt": f"{i}?", "response": "fox"}) + "\n" for i in range(9)))
+    bad = tmp_path / "bad.jsonl"
+    parts = {"good": Part(source=str(good)), "bad": Part(source=str(bad))}
+    for reason, advice in (
+        ("too_long", "larger model.sequence_len"),
+        ("no_conversation", "such as .*record 1: .*text"),
+    ):
+        bad.write_text("\n".join([*CHATS[reason][:1] * 3, *CHATS["not_json"][:2]]))
+        message = rf"data\.mid\.bad: none of 5 conversations .*: 3 {left_out.REASONS[reason]}, 2 not JSON.*{advice}"
+        with pytest.raises(ValueError, match=message):
+            ingest_mixture(tmp_path / "mid", "mid", parts, ours, ROW_LEN, 1, 0)
+    bad.write_text("\n".join([*CHATS[""][:1] * 5, *CHATS["no_answer"] * 7]))
+    with pytest.raises(ValueError, match=r"sft needs two .*differ.* has 5, in which there are 1; .*7 without an"):
+        ingest_mixture(tmp_path / "sft", "sft", {"bad": parts["bad"]}, ours, ROW_LEN, 1, 0)
+
+
+def test_conversations_that_are_cut_short_are_counted(tmp_path: Path, tokenizer: Storage) -> None:
+    source = tmp_path / "chat.jsonl"
+    with source.open("w") as file:
+        for n in (1, 2, 3, 9):
+            turns = [{"role": role, "content": f"{n} the fox " * 10} for role in ("user", "assistant")]
+            file.write(json.dumps({"messages": turns * n}) + "\n")
+    made = ingest_mixture(
+        tmp_path / "sft", "sft", {"own": Part(source=str(source))}, Tokenizer.load(Path(tokenizer.uri)), ROW_LEN, 1, 0
+    )
+    assert 1 <= made["parts"]["own"]["shortened"] <= 3
+    (said,) = left_out.lines(made["parts"])
+    assert f"{made['parts']['own']['shortened']} lose their last exchanges" in said
+
+
+def here(
+    items: list[dict[str, Any]], function: Callable[..., str], arguments: tuple[Any, ...], _: int
+) -> Iterator[tuple[int, str]]:
+    """`ingest.in_parallel` without the seconds that Ray takes for each."""
+    return ((item["index"], function(item, *arguments)) for item in items)
+
+
+DOCUMENTS: dict[str, list[bytes]] = {
+    "": [b"the fox %d " % i * 60 for i in range(3)],  # the first of each; the others are duplicates
+    "empty": [b"", b" \n\t"],
+    "binary": [b"PK\0\1\0\0", b"\x01\x02\x03\x04"],
+    "invalid_utf8": [b"\xff\xfe the", b"\xed\xa0\x80"],
+    "null": [b""],
+    "not_json": [b"{", b"[]"],
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from([(reason, text) for reason, texts in DOCUMENTS.items() for text in texts]), max_size=10),
+    st.sampled_from(["jsonl", "parquet", "txt"]),
+)
+def test_every_document_is_kept_or_counted_under_its_reason(
+    tokenizer: Storage, drawn: list[tuple[str, bytes]], kind: str
+) -> None:
+    only_in = {"null": ("jsonl", "parquet"), "not_json": ("jsonl",)}
+    drawn = [(reason, text) for reason, text in drawn if kind in only_in.get(reason, (kind,))]
+    documents = [*(("", b"the quick brown fox jumps over %d " % i * 20) for i in range(40)), *drawn]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest, "in_parallel", here)
+        text = Path(folder) / "text"
+        text.mkdir()
+        for i, (reason, content) in enumerate(documents):
+            if kind == "txt":
+                (text / f"{i:02d}.txt").write_bytes(content)
+            elif kind == "jsonl":
+                escaped = re.sub(rb"[\x00-\x1f]", lambda match: b"\\u%04x" % match[0][0], content)
+                value = b"null" if reason == "null" else b'"%b"' % escaped
+                (text / f"{i:02d}.jsonl").write_bytes(content if reason == "not_json" else b'{"text": %b}' % value)
+        if kind == "parquet":
+            values = [None if reason == "null" else content for reason, content in documents]
+            pq.write_table(pa.table({"text": pa.array(values, pa.binary())}), text / "a.parquet", row_group_size=5)
+        _, stats = ingested(Path(folder) / "run", tokenizer, text, shard_bytes=1 << 20)
+    counts, reasons = stats["read"]["corpus"], Counter(reason for reason, _ in documents)
+    reasons["duplicates"] = reasons.pop("") - (kept := len({content for reason, content in documents if not reason}))
+    assert counts == {"read": len(documents), "kept": kept, "left_out": +reasons} and stats["documents"] == kept

@@ -15,7 +15,8 @@ from corpus.tokenizers import SPECIAL_TOKENS, Tokenizer
 from models.hf import from_pretrained
 
 STAGES = [
-    "tokenizer", "ingest", "base", "evaluate_base", "mid", "evaluate_mid", "sft", "evaluate_sft", "rl", "evaluate_rl",
+    "tokenizer", "ingest", "base", "evaluate_base",
+    "conversations", "mid", "evaluate_mid", "sft", "evaluate_sft", "rl", "evaluate_rl",
 ]  # fmt: skip
 EXPECTED_STEPS = {"base": 40, "mid": 50, "sft": 30, "rl": 6}
 
@@ -25,7 +26,7 @@ def test_every_stage_is_done_and_says_what_it_reached(line: Run) -> None:
     assert set(status) == {"run", "stages"} and status["run"] == "line"
     assert [stage["name"] for stage in status["stages"]] == STAGES
     for stage in status["stages"]:
-        assert set(stage) == {"name", "state", "seconds", "metrics", "uri"}
+        assert set(stage) == {"name", "state", "seconds", "metrics", "notes", "uri"}
         assert stage["state"] == "done" and stage["seconds"] > 0
         assert stage["uri"] == str(line.path / stage["name"])
     metrics = {stage["name"]: stage["metrics"] for stage in status["stages"]}
@@ -96,7 +97,7 @@ def test_what_was_asked_and_answered_is_kept(line: Run) -> None:
     lines = (line.path / "evaluate_rl/completions.jsonl").read_text().splitlines()
     records = [json.loads(text) for text in lines]
     assert len(records) == 8 and all(len(record["samples"]) == 2 for record in records)
-    trained_on = (line.path / "ingest/task/train.jsonl").read_text()
+    trained_on = (line.path / "conversations/task/train.jsonl").read_text()
     assert not any(json.dumps(record["question"]) in trained_on for record in records)
 
 

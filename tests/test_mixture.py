@@ -21,6 +21,7 @@ from runs import ROOT
 
 from corpus import synthetic
 from corpus.conversation import render
+from corpus.left_out import UnusableError
 from corpus.sources import read_records
 from corpus.tokenizers import Tokenizer
 from tasks import choices, spelling
@@ -107,15 +108,13 @@ def test_a_weight_is_of_use_only_beside_others(numbered: str) -> None:
 def test_what_a_source_lacks_is_named(tmp_path: Path, numbered: str) -> None:
     rows = tmp_path / "rows.jsonl"
     write(rows, [{"instruction": "a", "output": "b"}])
-    for format_, lacking in (("chat", "messages"), ("choices", "answerKey"), ("spelling", "")):
+    for format_, lacking, reason in (("chat", "messages", "no_conversation"), ("choices", "answerKey", "malformed")):
         part = Part(source=str(rows), format=format_)
-        message = (
-            rf"rows\.jsonl, record 1: not a .*instruction, output.*{lacking}"
-            if lacking
-            else r"without records: x \(.*rows"
-        )
-        with pytest.raises(ValueError, match=message):
-            list(mixture({"ok": Part(source=numbered), "x": part}, 0))
+        (fault,) = (found for name, found in mixture({"ok": Part(source=numbered), "x": part}, 0) if name == "x")
+        assert isinstance(fault, UnusableError) and fault.reason == reason
+        assert re.search(rf"rows\.jsonl, record 1: not a .*instruction, output.*{lacking}", str(fault))
+    with pytest.raises(ValueError, match=r"without records: x \(.*rows"):
+        mixture({"ok": Part(source=numbered), "x": Part(source=str(rows), format="spelling")}, 0)
     write(tmp_path / "train.jsonl", [{"question": "a"}])
     with pytest.raises(ValueError, match=r"train\.jsonl: a row has question;"):
         list(mixture({"x": Part(source=str(tmp_path), format="gsm8k")}, 0))

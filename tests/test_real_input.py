@@ -32,7 +32,8 @@ SETTINGS = {
 }
 for stage in ("base", "mid", "sft"):
     SETTINGS |= {f"{stage}.total_batch_size": 2048, f"{stage}.eval_every": 10, f"{stage}.eval_rows": 32}
-BEFORE_RL = ["tokenizer", "ingest", "base", "evaluate_base", "mid", "evaluate_mid", "sft", "evaluate_sft"]
+PRETRAINING = ["tokenizer", "ingest", "base", "evaluate_base"]
+BEFORE_RL = [*PRETRAINING, "conversations", "mid", "evaluate_mid", "sft", "evaluate_sft"]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,8 @@ def test_base_learns_novels(real: Run) -> None:
 def test_what_rl_trains_on_and_is_asked_is_gsm8k_as_published(real: Run, shared_data: Path) -> None:
     for split in ("train", "test"):
         lines = (shared_data / f"gsm8k/{split}.jsonl").read_text().splitlines()
-        kept = [vars(problem) for problem in GSM8K(str(real.path / "ingest/task")).problems(split)]
+        kept = [vars(problem) for problem in GSM8K(str(real.path / "conversations/task")).problems(split)]
         assert kept == [json.loads(text) for text in lines]
-    test = {problem.question for problem in GSM8K(str(real.path / "ingest/task")).problems("test")}
+    test = {problem.question for problem in GSM8K(str(real.path / "conversations/task")).problems("test")}
     asked = (real.path / "evaluate_sft/completions.jsonl").read_text().splitlines()
     assert len(asked) == 4 and all(json.loads(text)["question"] in test for text in asked)

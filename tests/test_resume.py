@@ -10,8 +10,8 @@ from runs import Run, kill_at_checkpoint, one_clear_message
 # mid is the loop of base on the kind of rows that sft has
 UPSTREAM = {
     "base": ("tokenizer", "ingest"),
-    "sft": ("tokenizer", "ingest", "base", "mid"),
-    "rl": ("tokenizer", "ingest", "base", "mid", "sft"),
+    "sft": ("tokenizer", "ingest", "base", "conversations", "mid"),
+    "rl": ("tokenizer", "ingest", "base", "conversations", "mid", "sft"),
 }
 
 
@@ -44,7 +44,7 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_been(line: Run, tmp_path: Path
 def test_a_stage_that_raises_leaves_the_others_done_and_only_it_is_made_again(line: Run, tmp_path: Path) -> None:
     run = line.branch(tmp_path, "tokenizer")
     nowhere = tmp_path / "nowhere"
-    failed = run.go("--until", "base", "--gsm8k", str(nowhere))
+    failed = run.go("--until", "base", "--corpus", str(nowhere))
     one_clear_message(failed, "stage ingest failed", str(nowhere), "run the same command again")
     states = run.states()
     assert states["tokenizer"] == "done" and states["ingest"] == "failed" and states["base"] == "fresh"

@@ -361,7 +361,7 @@ def test_the_learner_and_vllm_agree_on_every_token_of_every_step(line: Run) -> N
 
 def test_rl_recovers_from_a_lost_learner_a_dead_actor_and_one_that_hangs(line: Run, tmp_path: Path) -> None:
     """All in one run, and nobody can tell from its record."""
-    run = line.branch(tmp_path, "tokenizer", "ingest", "base", "mid", "sft")
+    run = line.branch(tmp_path, "tokenizer", "ingest", "base", "conversations", "mid", "sft")
     settings = ("rl.actors=2", "rl.health_timeout=8", "rl.save_every=1")
     command = start("run", *run.arguments("--only", "rl", *(part for s in settings for part in ("--set", s))))
 
