@@ -37,6 +37,7 @@ MAX_LINE = 128 << 20  # bytes of JSONL; a longer line is rejected, because it mu
 MAX_CONTROL = 0.1  # a text with a larger share of control characters is binary
 BATCH_BYTES = 8 << 20  # about as much of a Parquet file is in memory as Python objects
 READ_BYTES = 4 << 20
+TEXT_CHARS = 4_000  # of the paragraphs of a text file that make a document together: about a thousand tokens
 
 _KINDS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "txt": (".txt",)}
 KINDS = tuple(_KINDS)
@@ -53,6 +54,7 @@ _TEXT_TYPES = (
     pa.null(),
 )
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # escaped, or as UTF-8 would be if it had any
+_BLANK_LINE, _BLANK_LINES = re.compile(r"\n[ \t\r]*\n"), re.compile(r"(?:[ \t\r]*\n)*")
 _CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f"))
 
 Unit = dict[str, Any]
@@ -102,12 +104,14 @@ def units(
     *,
     shards: int | None = None,
     text_column: str | None = None,
+    text_documents: str = "paragraphs",
     unit_bytes: int = 64 << 20,
 ) -> list[Unit]:
     """The work units of a corpus, ordered by path.
 
     `spec` is a name in CORPORA, a file, a directory, a glob, an s3:// or gs:// URI of these, `hub:<dataset>[:config]`
     (its train split), or "synthetic" (`documents` texts of `seed`). `shards` takes the first so many files.
+    `text_documents` says what a document of a text file is: paragraphs, lines or file.
     A unit is a Parquet row group, about `unit_bytes` of plain JSONL, or else a file; `bytes` is its size, `size` its
     file's and `changed` when that last was, where known.
     Raises FileNotFoundError when nothing matches, ValueError when a file cannot serve.
@@ -123,7 +127,7 @@ def units(
         raise ValueError(f"{shards} shards are asked for, but {spec} has {len(uris)}; ask for at most {len(uris)}")
     column = text_column or (CORPORA[spec].column if spec in CORPORA else TEXT_COLUMN)
     with ThreadPoolExecutor(16) as pool:  # footers in object storage take a round trip each
-        found = pool.map(lambda uri: _units_of_file(uri, column, unit_bytes), uris[:shards])
+        found = pool.map(lambda uri: _units_of_file(uri, column, text_documents, unit_bytes), uris[:shards])
         return [unit for file in found for unit in file]
 
 
@@ -155,7 +159,7 @@ def _documents(unit: Unit, counts: Counter[str]) -> Iterator[Document]:
         start = 0
         while start < len(text):
             end = _piece_end(text, start)
-            yield Document(text[start:end], source, line, not start and not (i and unit["kind"] == "txt"))
+            yield Document(text[start:end], source, line, not start and not (i and unit.get("documents") == "file"))
             start = end
 
 
@@ -262,8 +266,9 @@ def changed_text(uri: str) -> str:
     )
 
 
-def _units_of_file(uri: str, column: str, unit_bytes: int) -> list[Unit]:
-    unit = {"kind": _kind(uri), "uri": uri, "column": column}
+def _units_of_file(uri: str, column: str, text_documents: str, unit_bytes: int) -> list[Unit]:
+    unit = {"kind": _kind(uri), "uri": uri}
+    unit |= {"documents": text_documents} if unit["kind"] == "txt" else {"column": column}
     if uri.startswith("hf://"):
         return [unit]
     filesystem, path = _filesystem(uri)
@@ -292,7 +297,7 @@ def _values(unit: Unit, counts: Counter[str]) -> Iterator[tuple[int, object]]:
     elif kind == "jsonl":
         yield from _jsonl_values(unit, counts)
     elif kind == "txt":
-        yield from _txt_values(unit["uri"], counts)
+        yield from _txt_values(unit["uri"], unit["documents"], counts)
     else:
         raise ValueError(f"unknown kind of work unit: {kind!r}")
 
@@ -331,20 +336,41 @@ def _jsonl_values(unit: Unit, counts: Counter[str]) -> Iterator[tuple[int, objec
         yield number, value
 
 
-def _txt_values(uri: str, counts: Counter[str]) -> Iterator[tuple[int, object]]:
-    """The file, or pieces of a long one: each is judged by itself, so a bad byte costs no more than its piece."""
+def _txt_values(uri: str, documents: str, counts: Counter[str]) -> Iterator[tuple[int, object]]:
+    """The documents of a text file, a long one in pieces: each is judged by itself, so a bad byte costs no more."""
+    whole, most = documents == "file", TEXT_CHARS if documents == "paragraphs" else MAX_DOCUMENT
     with _open_lines(uri) as stream:
         # An invalid byte becomes a lone surrogate, which is not UTF-8 either.
         reader = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        text, line = reader.read(MAX_DOCUMENT + 1), 1
-        if len(text) > MAX_DOCUMENT:
-            counts["split"] += 1
-        while len(text) > MAX_DOCUMENT:
-            end = _piece_end(text, 0)
-            yield line, text[:end]
-            line += text.count("\n", 0, end)
-            text = text[end:] + reader.read(end)
-        yield line, text
+        text, start, line, found = "", 0, 1, False
+        while True:
+            if len(text) - start <= most:
+                text, start = text[start:] + reader.read(MAX_DOCUMENT + 1), 0
+                if not text:
+                    break
+            if whole and not found and len(text) > MAX_DOCUMENT:
+                counts["split"] += 1
+            end = _text_end(text, start, documents, most)
+            value = text[start:end]
+            if whole or not value.isspace():
+                blank = 0 if whole else len(_BLANK_LINES.match(value)[0])  # type: ignore[index]  # it always matches
+                yield line + value.count("\n", 0, blank), value if whole else value[blank:].rstrip()
+                found = True
+            line += text.count("\n", start, end)
+            start = end
+        if not found:
+            yield 1, ""
+
+
+def _text_end(text: str, start: int, documents: str, most: int) -> int:
+    """Where the document, or piece of one, from `start` ends, with the blank lines behind it."""
+    if documents == "lines" and (end := text.find("\n", start, start + most) + 1):
+        return end
+    if documents == "paragraphs" and len(text) - start > most:
+        blank = [match.end() for match in _BLANK_LINE.finditer(text, start, start + most)]
+        if blank:
+            return blank[-1]
+    return _piece_end(text, start, most)
 
 
 def _judge(value: object) -> tuple[str, str]:
@@ -361,11 +387,13 @@ def _judge(value: object) -> tuple[str, str]:
     return text, "binary" if b"\0" in data or control > MAX_CONTROL * len(text) else ""
 
 
-def _piece_end(text: str, start: int) -> int:
-    """Where the piece from `start` ends: after the last line end, or else space, in its second half, if it is long."""
-    if len(text) - start <= MAX_DOCUMENT:
+def _piece_end(text: str, start: int, most: int | None = None) -> int:
+    """Where the piece from `start` ends: after the last line end, or else space, in its second half, if it is longer
+    than `most` characters, MAX_DOCUMENT by default."""
+    most = most or MAX_DOCUMENT
+    if len(text) - start <= most:
         return len(text)
-    middle, stop = start + MAX_DOCUMENT // 2, start + MAX_DOCUMENT
+    middle, stop = start + most // 2, start + most
     return text.rfind("\n", middle, stop) + 1 or text.rfind(" ", middle, stop) + 1 or stop
 
 

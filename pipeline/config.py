@@ -43,7 +43,8 @@ PRESETS = Path(__file__).parent / "presets"
 MIXTURE = Path(__file__).parent / "mixtures" / "nanochat.toml"
 SFT_CHATS = 10_000  # conversations of --chat in SFT, as many as nanochat takes
 CORPUS_FIELDS = {
-    *("corpus", "text_column", "shards", "max_documents", "deduplicate", "validation_documents", "synthetic_documents")
+    *("corpus", "text_column", "text_documents", "shards", "max_documents", "deduplicate", "synthetic_documents"),
+    *("validation_share", "validation_chars"),
 }
 STAGE_NAMES = (
     *("tokenizer", "ingest", "base", "evaluate_base"),
@@ -172,7 +173,7 @@ def identity_of(stage: str, config: Config) -> dict[str, Any]:
         identity["ingest"] = config.ingest.identity()
         identity["model"] = {"sequence_len": config.model.sequence_len}
     elif stage == "conversations":
-        wanted = {"chat", "gsm8k", "mid", "sft", "synthetic_problems", "validation_documents"}
+        wanted = {"chat", "gsm8k", "mid", "sft", "synthetic_problems", "validation_conversations"}
         identity["data"] = {name: value for name, value in config.data.identity().items() if name in wanted}
         identity["model"] = {"sequence_len": config.model.sequence_len}
     else:

@@ -43,6 +43,7 @@ FIGURES = {
     "characters_per_token": "characters a token",
     "rows": "rows",
     "validation_rows": "validation rows",
+    "validation_share": "validation tokens",
     "cropped_share": "cropped tokens",
     "split": "long documents split",
 }

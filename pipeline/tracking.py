@@ -105,7 +105,7 @@ class LiveView:
 
     def _look(self, name: str, row: Row) -> str:
         if (made := manifests.read(self.store.stage(name))) is not None:
-            row.left_out = left_out.lines(made.stats.get("read", {}))
+            row.left_out = noted(made)
             return "done"
         progress = self.store.progress(name)
         if progress is None or progress == self.stale[name]:
@@ -154,6 +154,11 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def noted(made: manifests.Manifest) -> list[str]:
+    """What a stage that is done has to say of its data: what was left out, and why."""
+    return [*made.stats.get("notes", []), *left_out.lines(made.stats.get("read", {}))]
+
+
 def summary(store: RunStore, state: StageState) -> dict[str, Any]:
     """One stage as plain values: name, state, seconds, metrics, notes (what was left out, and why), uri."""
     made = state.manifest or state.progress
@@ -162,7 +167,7 @@ def summary(store: RunStore, state: StageState) -> dict[str, Any]:
         stats = state.manifest.stats
         skipped = stats.get("skipped", {}).items()
         notes = [f"{source}: {left_out.skipped(files)} not read" for source, files in skipped]
-        notes += left_out.lines(stats.get("read", {}))
+        notes += noted(state.manifest)
     return {
         "name": state.name,
         "state": state.state,

@@ -50,7 +50,17 @@ class DataConfig(Section):
     max_documents: int | None = Field(
         None, ge=1, description="use at most this many documents, taken evenly from the corpus"
     )
-    validation_documents: int = Field(512, ge=1, description="documents held out for validation")
+    text_documents: Literal["paragraphs", "lines", "file"] = Field(
+        "paragraphs",
+        description="a document of a .txt file: paragraphs, between blank lines, up to 4,000 characters together; a line; or the whole file",
+    )
+    validation_share: float = Field(0.05, ge=0.001, le=0.5, description="share of the corpus held out for validation")
+    validation_chars: int = Field(
+        8_000_000, ge=1, description="characters of the corpus held out for validation, at most"
+    )
+    validation_conversations: int = Field(
+        512, ge=1, description="conversations held out for the validation of mid, and of sft; one in ten at most"
+    )
     deduplicate: bool = Field(True, description="keep one of documents that are exactly equal")
     chat: str | None = Field(
         None,
@@ -123,7 +133,9 @@ class TokenizerConfig(Section):
     )
     alphabet: str = Field("0123456789+-*/=()., <>\n", description="the characters that `chars` knows")
     max_chars: int = Field(2_000_000_000, ge=1_000, description="characters of the corpus to train on")
-    doc_chars: int = Field(10_000, ge=100, description="characters used of one document")
+    doc_chars: int = Field(
+        10_000, ge=100, description="characters used of one document, where the corpus has more than max_chars"
+    )
     digest: str | None = Field(
         None, description="SHA-256 of the file or folder that source names", json_schema_extra=FOUND
     )

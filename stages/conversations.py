@@ -30,11 +30,11 @@ from tasks.base import Problem
 from tasks.gsm8k import GSM8K
 from tasks.mixture import Part, digest_of, mixture, sizes
 
-HOLD_OUT_EVERY = 10  # at most one document or conversation in so many is held out
+HOLD_OUT_EVERY = 10  # at most one conversation in so many is held out
 
 
 def is_held_out(index: int, limit: int) -> bool:
-    """Whether the document (or conversation) `index` is one of the `limit` that are kept for validation."""
+    """Whether the conversation `index` is one of the `limit` that are kept for validation."""
     return index % HOLD_OUT_EVERY == 1 and index // HOLD_OUT_EVERY < limit
 
 
@@ -56,7 +56,7 @@ def run(context: StageContext, data: DataConfig, sequence_len: int, seed: int) -
         for split in get_args(Split):
             write_problems(directory / "task" / f"{split}.jsonl", task_problems(data, split, seed))
         for stage, parts in mixtures.items():
-            limit = data.validation_documents
+            limit = data.validation_conversations
             made = ingest_mixture(directory / stage, stage, parts, tokenizer, sequence_len + 1, limit, seed)
             stats["read"] |= {f"{stage}.{name}": counts for name, counts in made.pop("parts").items()}
             stats[stage] = made

@@ -22,11 +22,11 @@ from pydantic import BaseModel, ConfigDict
 from cluster import manifest
 from cluster.storage import DamagedError, FileEntry, Storage, StorageError
 from corpus.rows import POLL_SECONDS, ROWS_FILE, Index, Rows
+from stages import held_out
 from stages.context import GROWING, PROGRESS, SOURCES, STOP, Progress, StageContext, Stopped, settled
 
 PLAN = "plan.json"
 NOTES = "shards"
-VALIDATION_SHARDS = 8  # documents are held out from these, the first, so that validation need not wait for all
 SPLITS = ("train", "val")
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def index_of(notes: dict[int, Note], shards: int, split: str) -> Index | None:
     until = next((i for i in range(shards) if i not in notes), shards)
     if not until:
         return None
-    needed = min(VALIDATION_SHARDS, shards) if split == "val" else shards
+    needed = min(held_out.SHARDS, shards) if split == "val" else shards
     first: Index = notes[0]["index"][split]
     files = [file for i in range(until) for file in notes[i]["index"][split]["files"]]
     return first | {"files": files, "complete": until >= needed}
@@ -133,8 +133,8 @@ def _states(context: StageContext, made_from: str, part: str, entries: dict[str,
                 _same_sources(context, plan.sources)
                 read_notes(ingest, notes)
                 entries.update({f["path"]: FileEntry(**f) for note in notes.values() for f in note["files"]})
-                index, held_out = (index_of(notes, plan.shards, s) for s in (part.rpartition("/")[2], "val"))
-                if index is not None and held_out is not None and held_out["complete"]:
+                index, validation = (index_of(notes, plan.shards, s) for s in (part.rpartition("/")[2], "val"))
+                if index is not None and validation is not None and validation["complete"]:
                     yield index
                     continue
         time.sleep(POLL_SECONDS)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -29,24 +29,26 @@ from corpus.left_out import counted, reasons
 from corpus.packing import Document as Packed
 from corpus.packing import Packing, pack
 from corpus.rows import ROWS_FILE, write_index
-from corpus.sources import KINDS, Document, Unit, changed_text, read_unit, units
+from corpus.sources import KINDS, MAX_DOCUMENT, Document, Unit, changed_text, read_unit, units
 from corpus.tokenizers import Tokenizer, UnknownCharacterError
 from stages.config import DataConfig, IngestConfig
 from stages.context import PROGRESS, StageContext
 from stages.context import Progress as Said
-from stages.conversations import check_unchanged, is_held_out, tell_skipped, write_rows
-from stages.growing import NOTES, PLAN, SPLITS, VALIDATION_SHARDS, Note, Plan, index_of, note_path, read_notes
+from stages.conversations import check_unchanged, tell_skipped, write_rows
+from stages.growing import NOTES, PLAN, SPLITS, Note, Plan, index_of, note_path, read_notes
+from stages.held_out import MOST, HeldOut
 from tasks.mixture import Part
 
 GROUP = 256  # shards whose duplicates are looked for together
 FEW_SHARDS, SMALL_SHARD = 16, 4 << 20  # a corpus of fewer is cut into as many, none smaller: for all cores
 UNITS_IN_SHARD, UNIT_BYTES = 16, 1 << 20  # of a large file that is cut up: as many units, but none smaller
+CHARS_PER_TOKEN = 4  # about
 HASHES, PARTITIONS = "hashes", 64
 
 
 def corpus_shards(data: DataConfig, shard_bytes: int, seed: int) -> list[dict[str, Any]]:
-    """The corpus in shards of about `shard_bytes`, each {units, max_documents, held_out, number}; documents are counted
-    on from `number`, so that one is held out even where a shard holds just one.
+    """The corpus in shards of about `shard_bytes`, each {units, max_documents, number, of, total}: which of how many it
+    is, and how many bytes the corpus has, or None.
 
     Units are dealt out in an order drawn from the seed, so that each shard is a sample of the whole corpus.
     """
@@ -56,6 +58,7 @@ def corpus_shards(data: DataConfig, shard_bytes: int, seed: int) -> list[dict[st
         seed,
         shards=data.shards,
         text_column=data.text_column,
+        text_documents=data.text_documents,
         unit_bytes=max(shard_bytes // UNITS_IN_SHARD, UNIT_BYTES),
     )
     if not found:
@@ -64,13 +67,14 @@ def corpus_shards(data: DataConfig, shard_bytes: int, seed: int) -> list[dict[st
     total = sum(unit.get("bytes", shard_bytes) for unit in found)
     count = min(len(found), max(1, round(total / shard_bytes), min(FEW_SHARDS, total // SMALL_SHARD)))
     share, rest = divmod(data.max_documents or 0, count)
-    held_out = math.ceil(data.validation_documents / min(count, VALIDATION_SHARDS))
+    known = total if all("bytes" in unit for unit in found) else None
     return [
         {
             "units": found[i::count],
             "max_documents": share + (i < rest) if data.max_documents else None,
-            "held_out": held_out if i < VALIDATION_SHARDS else 0,
             "number": i,
+            "of": count,
+            "total": known,
         }
         for i in range(count)
     ]
@@ -90,6 +94,9 @@ def run(context: StageContext, data: DataConfig, config: IngestConfig, sequence_
     entries, stats = ingest_corpus(context, data, config, sequence_len + 1, seed)
     stats["skipped"] = skipped
     figures = {name: stats[name] for name in ("documents", "tokens", "characters_per_token", "cropped_share", "rows")}
+    if (share := stats["validation_share"]) > MOST:
+        more = f"{share:.0%} of the corpus is held out for validation, which needs one row at least: give more text"
+        stats["notes"] = [more]
     check_unchanged(corpus, data.digests)
     made = context.manifest(sorted(entries, key=lambda e: e.path), figures, time.monotonic() - began, stats)
     manifest.write(context.storage, made)
@@ -130,7 +137,7 @@ def ingest_corpus(
             kept = unique_in([h for h in hashes if h is not None], seen)
             group = [item | {"kept": bits} for item, bits in zip(group, kept, strict=True)]
         todo = [item for item in group if item["index"] not in notes]
-        for index, note in in_parallel(todo, pack_shard, (context, config.packing, row_len), config.tasks):
+        for index, note in in_parallel(todo, pack_shard, (context, data, config.packing, row_len), config.tasks):
             notes[index] = json.loads(note)
             progress.report(notes)
     return finished(context, data, [notes[i] for i in range(len(shards))], row_len, sources)
@@ -215,7 +222,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return Tokenizer.load(directory)
 
 
-def pack_shard(row: dict[str, Any], context: StageContext, packing: Packing, row_len: int) -> str:
+def held_out_of(shard: dict[str, Any], data: DataConfig) -> HeldOut:
+    """What chooses the documents of a shard that are held out."""
+    return HeldOut(data, shard["number"], shard["of"], shard["total"])
+
+
+def pack_shard(row: dict[str, Any], context: StageContext, data: DataConfig, packing: Packing, row_len: int) -> str:
     """One shard of the corpus: packs it, uploads its rows, and notes and returns files, rows and statistics.
 
     `row["kept"]` has a bit for each document: whether it is no duplicate.
@@ -227,12 +239,36 @@ def pack_shard(row: dict[str, Any], context: StageContext, packing: Packing, row
     rejected: Counter[str] = Counter()
     lengths: Counter[int] = Counter()
     held_out: list[Packed] = []
+    choice = held_out_of(shard, data)
+    wanted = max(row_len, int(data.validation_share * min(shard["total"] or 0, MAX_DOCUMENT) / CHARS_PER_TOKEN))
 
     def training() -> Iterator[Packed]:
-        """What is held out goes to the side as it comes by."""
-        number = shard["number"] - 1  # of the document; its pieces stay together
+        """What is held out goes to the side as it comes by. From the first shard that is one row at least: else its
+        last documents, or the end of its last one, are taken, so that a corpus of one document trains, too."""
+        waiting: deque[np.ndarray] = deque()
+        tokens = 0  # of what waits
+        for ids in chosen():
+            waiting.append(ids)
+            tokens += len(ids)
+            while shard["number"] or tokens - len(waiting[0]) >= wanted:
+                tokens -= len(waiting[0])
+                yield waiting.popleft(), None
+                if not waiting:
+                    break
+        missing = (row_len if held_out else wanted) - sum(len(ids) for ids, _ in held_out)
+        while waiting and missing > 0:
+            ids = waiting.pop()
+            if len(ids) > 2 * missing:
+                waiting.append(ids[:-missing])
+                ids = np.concatenate([ids[:1], ids[-missing:]])
+            held_out.append((ids, None))
+            missing -= len(ids)
+        yield from ((ids, None) for ids in waiting)
+
+    def chosen() -> Iterator[np.ndarray]:
+        """What is trained on, but for the last that the first shard holds out."""
         for i, document in enumerate(documents_of(shard, rejected)):
-            number += document.first
+            held = choice.takes(document)
             if kept is not None and i >= len(kept):  # it grows
                 raise ValueError(changed_text(document.source))
             if kept is not None and not kept[i]:
@@ -241,10 +277,10 @@ def pack_shard(row: dict[str, Any], context: StageContext, packing: Packing, row
             ids = encoded(document, tokenizer)
             counts.update(documents=1, characters=len(document.text), tokens=len(ids))
             lengths[len(ids).bit_length()] += 1
-            if is_held_out(number, shard["held_out"]):
+            if held:
                 held_out.append((ids, None))
             else:
-                yield ids, None
+                yield ids
 
     files: list[dict[str, Any]] = []
     index: dict[str, Any] = {}
@@ -259,6 +295,7 @@ def pack_shard(row: dict[str, Any], context: StageContext, packing: Packing, row
             for name, _ in index[split]["files"]:
                 uploaded = context.storage.upload(directory / f"{name}.tokens", f"base/{split}/{name}.tokens")
                 files.append(vars(uploaded))
+    counts["held_out"] = sum(len(ids) for ids, _ in held_out)
     note = {"files": files, "index": index, "stats": {"counts": counts, "rejected": rejected, "lengths": lengths}}
     context.storage.write_json(note_path(row["index"]), note)
     return json.dumps(note)
@@ -287,8 +324,8 @@ def finished(
         if not counts[f"{split}_rows"]:
             why = f" (of {corpus['read']:,} documents are left out: {reasons(left_out)})" if left_out else ""
             raise ValueError(
-                f"corpus {data.corpus!r} does not fill one {split} row of {row_len} tokens: give more text in at least "
-                f"two documents, as some are held out, or a smaller model.sequence_len{why}"
+                f"corpus {data.corpus!r} does not fill one {split} row of {row_len} tokens: give more text, or a "
+                f"smaller model.sequence_len{why}"
             )
         with context.scratch() as scratch:
             write_index(scratch, index_of(dict(enumerate(notes)), len(notes), split) or {})
@@ -302,6 +339,7 @@ def finished(
         "characters_per_token": round(counts["characters"] / max(1, counts["tokens"]), 4),
         "rows": counts["train_rows"],
         "validation_rows": counts["val_rows"],
+        "validation_share": round(counts["held_out"] / max(1, counts["tokens"]), 4),
         "cropped_share": round(counts["cropped"] / max(1, counts["tokens"]), 4),
         "split": split_up,
         "read": {"corpus": corpus},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -9,8 +10,7 @@ from corpus.tokenizers import Tokenizer
 from corpus.vocabularies import digest_of
 from stages.config import DataConfig, TokenizerConfig
 from stages.context import StageContext
-from stages.conversations import is_held_out
-from stages.ingest import corpus_shards, documents_of
+from stages.ingest import corpus_shards, documents_of, held_out_of
 
 
 def run(
@@ -21,12 +21,13 @@ def run(
 
     def texts() -> Iterator[str]:
         for shard in corpus_shards(data, shard_bytes, seed):
-            number = shard["number"] - 1
+            choice = held_out_of(shard, data)
+            # of a corpus that is used up anyway, all of every document
+            most = config.doc_chars if (shard["total"] or math.inf) > config.max_chars else None
             for document in documents_of(shard):
-                number += document.first
-                if is_held_out(number, shard["held_out"]):
+                if choice.takes(document):
                     continue
-                text = document.text[: config.doc_chars]
+                text = document.text[:most]
                 read["documents"] += 1
                 read["characters"] += len(text)
                 yield text

@@ -18,7 +18,7 @@ SETTINGS = {
     "model.sequence_len": SEQUENCE_LEN,
     "data.synthetic_documents": 1_500,
     "data.synthetic_problems": 64,
-    "data.validation_documents": 32,
+    "data.validation_conversations": 32,
     "base.steps": 40,
     "base.precision": "fp32",
     "base.device_batch_size": 8,

@@ -30,7 +30,7 @@ from cluster.storage import Storage
 from corpus import left_out
 from corpus.packing import pack
 from corpus.rows import Rows
-from corpus.sources import read_unit, units
+from corpus.sources import Document, read_unit, units
 from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
 from pipeline.run import note_end
@@ -39,6 +39,7 @@ from stages.config import DataConfig, IngestConfig
 from stages.context import GROWING, PROGRESS, SOURCES, StageContext
 from stages.conversations import ingest_mixture, task_problems, write_problems
 from stages.growing import NOTES, open_rows, wait_until_made
+from stages.held_out import HeldOut
 from tasks.base import Problem
 from tasks.gsm8k import GSM8K
 from tasks.mixture import Part
@@ -84,7 +85,7 @@ def ingested(
 ) -> tuple[Manifest, dict]:
     """The artifact of base's rows, and what was counted."""
     context = context_of(path, tokenizer)
-    config = DataConfig(corpus=str(corpus), validation_documents=64, **data)
+    config = DataConfig(corpus=str(corpus), **data)
     entries, stats = ingest.ingest_corpus(
         context, config, IngestConfig(shard_bytes=shard_bytes, tasks=tasks), ROW_LEN, 0
     )
@@ -130,7 +131,7 @@ def test_a_killed_ingest_makes_only_the_shards_that_are_missing(tmp_path: Path, 
     that nothing happened to."""
     corpus = write_corpus(tmp_path / "corpus", texts=600)
     sizes = {"model.depth": 1, "model.vocab_size": 300, "model.sequence_len": ROW_LEN - 1, "ingest.shard_bytes": 1}
-    sizes |= {"ingest.tasks": 1, "data.validation_documents": 64, "data.synthetic_problems": 64, "base.steps": 1}
+    sizes |= {"ingest.tasks": 1, "data.validation_conversations": 64, "data.synthetic_problems": 64, "base.steps": 1}
     sizes |= {f"{stage}.total_batch_size": 10 * (ROW_LEN - 1) for stage in ("base", "mid", "sft")}
     settings = ["--corpus", str(corpus), "--chat", "none", "--gsm8k", "synthetic", *flags(sizes), "--until", "ingest"]
     run = Run(tmp_path / "killed", "r", settings)
@@ -171,7 +172,7 @@ def test_every_document_is_trained_on_held_out_or_counted(tmp_path: Path, ray_he
     pq.write_table(pa.table({"text": [good[5], None, "", "parquet " * 50]}), directory / "b.parquet")
     (directory / "c.txt").write_bytes(b"\x80 is no UTF-8")
     (directory / "d.txt").write_text("plain " * 50)
-    _, stats = ingested(tmp_path / "run", tokenizer, directory)
+    _, stats = ingested(tmp_path / "run", tokenizer, directory, shard_bytes=64 << 20)
     pieces = 4  # of the document of 4,000,000 characters
     left_out = {"binary": 1, "duplicates": 3, "empty": 3, "invalid_utf8": 2, "not_json": 1, "null": 2}
     read = len(lines) + 4 + 2 + (pieces - 1)
@@ -224,13 +225,13 @@ def test_the_pieces_of_a_document_are_not_parted_by_validation(
     directory = tmp_path / "text"
     directory.mkdir()
     (directory / "a.txt").write_text("".join(f"fox {i} " for i in range(250_000)))
-    (directory / "b.txt").write_text("lazy dog " * 200)
-    _, stats = ingested(tmp_path / "run", tokenizer, directory)  # a document a shard: the second one is held out
-    assert (stats["documents"], stats["split"]) == (4, 1)
+    for i in range(40):
+        (directory / f"b{i}.txt").write_text(f"lazy dog {i} " * 200)
+    _, stats = ingested(tmp_path / "run", tokenizer, directory, text_documents="file", validation_share=0.5)
+    assert (stats["documents"], stats["split"]) == (43, 1)
     ours = Tokenizer.load(Path(tokenizer.uri))
-    for split, inside in (("train", "fox"), ("val", "lazy")):
-        rows = Rows(tmp_path / "run" / "base" / split)
-        assert all(inside in ours.decode(ids) for ids in rows.read(np.arange(rows.num_rows))[0])
+    rows = Rows(tmp_path / "run" / "base" / "val")
+    assert rows.num_rows > 10 and all("lazy" in ours.decode(ids) for ids in rows.read(np.arange(rows.num_rows))[0])
 
 
 @pytest.mark.parametrize("size", [199, 203])
@@ -257,7 +258,7 @@ def test_base_begins_beside_ingest_and_stays_when_its_rows_do(tmp_path: Path) ->
     """The whole command. Ingest made again leaves base as it is, as its rows are the same; a mixture is not asked."""
     corpus = write_corpus(tmp_path / "corpus", files=16, texts=300)
     sizes = {"model.depth": 1, "model.vocab_size": 300, "model.sequence_len": ROW_LEN - 1, "ingest.shard_bytes": 1}
-    sizes |= {"ingest.tasks": 1, "data.validation_documents": 64, "data.synthetic_problems": 64, "base.steps": 6}
+    sizes |= {"ingest.tasks": 1, "data.validation_conversations": 64, "data.synthetic_problems": 64, "base.steps": 6}
     sizes |= {"base.precision": "fp32", "base.eval_every": 3, "base.eval_rows": 4}
     sizes |= {f"{stage}.total_batch_size": 10 * (ROW_LEN - 1) for stage in ("base", "mid", "sft")}
     settings = ["--corpus", str(corpus), "--chat", str(tmp_path / "none.jsonl"), *flags(sizes), "--until", "base"]
@@ -438,7 +439,7 @@ def test_files_that_are_not_read_are_told_and_stay_told(tmp_path: Path, ray_here
     (chats / "readme.txt").write_text("no record")
     parts = {"chats": Part(source=str(chats))}
     context = context_of(tmp_path / "run", tokenizer)
-    data = DataConfig(corpus=str(corpus), gsm8k="none", mid=parts, sft=parts, validation_documents=1)
+    data = DataConfig(corpus=str(corpus), gsm8k="none", mid=parts, sft=parts, validation_conversations=1)
     with pytest.raises(ValueError, match="does not fill one"):
         ingest.run(context, data, IngestConfig(), 1 << 20, 0)
     with pytest.raises(ValueError, match="two conversations that differ"):
@@ -585,3 +586,54 @@ def test_every_document_is_kept_or_counted_under_its_reason(
     counts, reasons = stats["read"]["corpus"], Counter(reason for reason, _ in documents)
     reasons["duplicates"] = reasons.pop("") - (kept := len({content for reason, content in documents if not reason}))
     assert counts == {"read": len(documents), "kept": kept, "left_out": +reasons} and stats["documents"] == kept
+
+
+SIZES = {"one row and a half": 1.5, "three rows": 3, "one megabyte": 3_000}
+
+
+@pytest.mark.parametrize("form", ["a.txt", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_single_file_of_any_form_trains_and_holds_out_a_share(
+    tmp_path: Path, tokenizer: Storage, monkeypatch: pytest.MonkeyPatch, form: str, size: str
+) -> None:
+    """One document, too, where the form has no more: its end is held out."""
+    monkeypatch.setattr(ingest, "in_parallel", here)
+    text = "".join(f"the quick brown fox {i}\n" + "\n" * (i % 5 == 0) for i in range(int(SIZES[size] * 11)))
+    file = tmp_path / form
+    if form == "a.txt":
+        file.write_text(text)
+    elif form == "a.jsonl":
+        file.write_text(json.dumps({"text": text}))
+    else:
+        pq.write_table(pa.table({"text": [text]}), file)
+    if SIZES[size] < 2:
+        with pytest.raises(ValueError, match=r"does not fill one train row of 129 tokens: give more text"):
+            ingested(tmp_path / "run", tokenizer, file, shard_bytes=1 << 20)
+        return
+    _, stats = ingested(tmp_path / "run", tokenizer, file, shard_bytes=1 << 20)
+    assert stats["rows"] and stats["validation_rows"] and stats["tokens"] > 129 * 2
+    if SIZES[size] > 100:
+        assert (0.01 if form == "a.txt" else 0.001) < stats["validation_share"] < 0.1
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 3_000), min_size=1, max_size=300),
+    st.integers(1, 20),
+    st.sampled_from([0.02, 0.05, 0.2]),
+    st.integers(100, 100_000),
+)
+def test_what_is_held_out_is_a_share_that_knows_its_bounds(
+    lengths: list[int], shards: int, share: float, most: int
+) -> None:
+    """Of documents of any lengths in any number of shards: no more than is asked for, none that is a tenth of all, and
+    where there are enough of them as large a share as is asked for."""
+    data, total = DataConfig(validation_share=share, validation_chars=most), sum(lengths)
+    taken = []
+    for shard in range(shards):
+        choice = HeldOut(data, shard, shards, total)
+        taken += [n for n in lengths[shard::shards] if choice.takes(Document("x" * n, "", 1))]
+    assert sum(taken) <= most + min(shards, 8) * max(lengths)
+    assert all(n < total / 10 for n in taken)
+    if shards <= 8 and most > total and max(lengths) < total / 10:
+        assert abs(len(taken) - share * len(lengths)) <= shards

@@ -18,7 +18,7 @@ SETTINGS = {
     "data.max_documents": 200,
     "data.mid.chat.rows": 100,
     "data.sft.chat.rows": 100,
-    "data.validation_documents": 16,
+    "data.validation_conversations": 16,
     "base.steps": 30,
     "mid.steps": 4,
     "sft.steps": 4,

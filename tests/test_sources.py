@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -232,7 +233,7 @@ def test_a_document_of_50_mb_comes_in_pieces(tmp_path: Path, name: str) -> None:
     else:
         write_jsonl(tmp_path / name, ["short", text])
     counts: Counter[str] = Counter()
-    found = [document for unit in units(str(tmp_path)) for document in read_unit(unit, counts)]
+    found = [document for unit in units(str(tmp_path), text_documents="file") for document in read_unit(unit, counts)]
     pieces = [document for document in found if document.text != "short"]
     assert "".join(piece.text for piece in pieces) == text and counts == {"split": 1}
     assert all(len(piece.text) <= sources.MAX_DOCUMENT and piece.text.endswith("\n") for piece in pieces)
@@ -253,7 +254,7 @@ def test_pieces_put_together_are_the_document(text: str, limit: int) -> None:
         assert all(len(piece.text) <= limit for piece in pieces)
         assert counts == ({"split": 1} if len(text) > limit else {})
         (Path(directory) / "a.txt").write_text(text)
-        streamed, counts = read(Path(directory) / "a.txt")
+        streamed, counts = read(Path(directory) / "a.txt", text_documents="file")
         assert [piece.text for piece in streamed] == [piece.text for piece in pieces if piece.text.strip()]
         assert counts["split"] == (len(text) > limit)
 
@@ -261,9 +262,40 @@ def test_pieces_put_together_are_the_document(text: str, limit: int) -> None:
 def test_a_bad_byte_in_a_huge_text_file_costs_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_DOCUMENT", 100)
     (tmp_path / "a.txt").write_bytes(b"words\n" * 100 + b"\xff\n" + b"words\n" * 100)
-    found, counts = read(tmp_path)
+    found, counts = read(tmp_path, text_documents="file")
     assert counts == {"split": 1, "invalid_utf8": 1}
     assert sum(len(document.text) for document in found) >= 1_202 - 100
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from(["to be", "or not", "", "", " \t", "a longer line of words", "y" * 90]), max_size=40),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(["paragraphs", "lines"]),
+)
+def test_a_text_file_is_cut_at_blank_lines_or_line_ends(lines: list[str], end: str, mode: str) -> None:
+    """Nothing is lost but blank lines, and a place in the text is known by its line."""
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "TEXT_CHARS", 50)
+        patch.setattr(sources, "MAX_DOCUMENT", 64 if mode == "lines" else 1 << 20)
+        path = Path(directory) / "a.txt"
+        path.write_text(end.join(lines), newline="")
+        found, counts = read(path, text_documents=mode)
+    texts = [document.text for document in found]
+    said = "".join(line for line in lines if line.strip())
+    assert re.sub(r"\s", "", "".join(texts)) == re.sub(r"\s", "", said)
+    assert counts == ({} if said else {"empty": 1}) and all(document.first for document in found)
+    for document in found:
+        begins = document.text.splitlines()[0]
+        assert begins.strip() and begins.strip() in lines[document.line - 1]
+    if mode == "lines":
+        assert sum(len(text) < 64 for text in texts) >= len([line for line in lines if line.strip() and len(line) < 64])
+        return
+    paragraphs = re.split(r"\n(?:[ \t]*\n)+", "\n".join(lines).strip())
+    assert all(len(text) <= 50 for text in texts)
+    if all(len(end.join(p.split("\n"))) <= 40 for p in paragraphs):  # none must be cut itself
+        ends = [set(accumulate(len(re.sub(r"\s", "", text)) for text in cut)) for cut in (texts, paragraphs)]
+        assert ends[0] <= ends[1]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
