@@ -464,10 +464,10 @@ def test_a_file_that_changes_between_or_within_the_passes_is_named(tmp_path: Pat
     assert hashes is not None and len(hashes) == 12
     (kept,) = ingest.unique_in([hashes], [np.empty(0, dtype=np.uint64)] * ingest.PARTITIONS)
     with pytest.raises(ValueError, match=r"a\.jsonl is not what it was"):  # it had fewer than in the second pass
-        ingest.pack_shard(row | {"kept": kept[:1]}, context, "best_fit", ROW_LEN)
+        ingest.pack_shard(row | {"kept": kept[:1]}, context, DataConfig(), "best_fit", ROW_LEN)
     path.write_text('{"text": "new"}\n' + path.read_text())
     with pytest.raises(ValueError, match=r"a\.jsonl is not what it was"):
-        ingest.pack_shard(row | {"kept": kept}, context, "best_fit", ROW_LEN)
+        ingest.pack_shard(row | {"kept": kept}, context, DataConfig(), "best_fit", ROW_LEN)
 
 
 def asked(answer: Any, **more: Any) -> str:
