@@ -25,7 +25,7 @@ def environment(default: Any, description: str, **limits: Any) -> Any:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_min_length=1)
 
     def identity(self) -> dict[str, Any]:
         """The fields that define the artifact, as plain JSON values."""

@@ -27,7 +27,7 @@ SMALL = 256 << 20  # bytes, which are hashed in a second
 class Part(BaseModel):
     """One part of a mixture."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", str_min_length=1)
 
     source: str = Field(
         description="JSONL, Parquet, hub:<dataset>[:config]; gsm8k: or a folder, or synthetic; spelling: a word list"
