@@ -174,7 +174,8 @@ def dotted_keys(model: type[BaseModel] = Config, where: str = "") -> list[str]:
 def load_config(
     preset: str | None = None, flags: dict[str, Any] | None = None, sets: list[str] | None = None
 ) -> Config:
-    """Build the tree; `flags` is nested by section, `sets` holds "a.b=value" with TOML values or plain strings.
+    """Build the tree; `preset` is a name or a file, `flags` is nested by section, `sets` holds "a.b=value" with TOML
+    values or plain strings.
 
     Raises ConfigError, one line a fault.
     """
@@ -187,9 +188,11 @@ def load_config(
     _refuse_unknown_keys(values)
     values = _with_environment(values)
     if preset is not None:
-        values["preset"] = preset if preset in preset_names() else absolute(preset)
+        ours = preset in preset_names()
+        values["preset"] = preset if ours else absolute(preset)
+        values.setdefault("name", preset if ours else Path(preset).stem)
     checked = _validate(values)
-    values.setdefault("name", Path(preset).stem if preset else f"d{checked.model.depth}")
+    values.setdefault("name", f"d{checked.model.depth}")
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
     values = _merge(values, _with_vocabulary(values, checked))
     values = _merge(values, {"data": {"digests": _digests(checked.data)}})

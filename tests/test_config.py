@@ -197,6 +197,18 @@ def test_unknown_keys_name_the_nearest() -> None:
             for wrong in ("-1", "1.5", "two", "3:2", "1:2:3", "9" * 5_000)
         ],
         *[(("--set", f"workers={wrong}"), "must be a number from 1") for wrong in ("-1", "true", "[1, 2, 3]", "[]")],
+        *[
+            (("--set", f"{key}=true"), rf"{key} = True: (must be a number|Input should be a valid (integer|number))$")
+            for key in (
+                "seed",
+                "base.steps",
+                "rl.lr_scale",
+                "base.save_minutes",
+                "data.sft.gsm8k.rows",
+                "data.mid.gsm8k.repeats",
+                "data.mid.gsm8k.weight",
+            )
+        ],
         (("--set", "data.sft.nosuch=none"), r"data\.sft\.nosuch=none: .*its parts are: arc_easy, arc_challenge, gsm8k"),
         (("--chat", "none", "--gsm8k", "none", "--set", "data.mid.mmlu=none"), "mmlu=none: .* parts are: none$"),
         (("--set", "data.sft=none"), r"data\.sft = 'none': Input should be a valid dictionary"),
