@@ -242,7 +242,7 @@ def _with_mixtures(values: dict[str, Any], layers: Sequence[dict[str, Any]]) -> 
         raise ConfigError(f"data.{empty[0]} = {places[empty[0]]!r} {EMPTY}")
     data |= {name: absolute(place) for name, place in places.items() if isinstance(place, str)}
     chat, gsm8k = data.get("chat"), data["gsm8k"]
-    parts = tomllib.loads(MIXTURE.read_text())
+    parts = of_default = tomllib.loads(MIXTURE.read_text())
     if chat is not None:
         own = {"mid": {"source": chat}, "sft": {"source": chat, "rows": SFT_CHATS}}
         parts = {stage: {"chat": part} if chat != NONE else {} for stage, part in own.items()}
@@ -253,7 +253,13 @@ def _with_mixtures(values: dict[str, Any], layers: Sequence[dict[str, Any]]) -> 
         of_stage = {"gsm8k": NONE if gsm8k == NONE else problems}
         own = data.get(stage, {})
         merged = _merge(_merge(parts[stage], of_stage), own)
-        known = {*parts[stage], *of_stage, *(name for layer in layers for name in _parts_of(layer, stage))}
+        # a preset may take a part of the default away, and --chat all of them
+        known = {
+            *of_default[stage],
+            *parts[stage],
+            *of_stage,
+            *(name for layer in layers for name in _parts_of(layer, stage)),
+        }
         if unknown := [name for name, part in own.items() if part == NONE and name not in known]:
             there = ", ".join(name for name, part in merged.items() if part != NONE) or "none"
             raise ConfigError(f"data.{stage}.{unknown[0]}=none: {stage} has no such part; its parts are: {there}")
@@ -387,7 +393,8 @@ def _giving_way(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
 
 
 def _parse_set(text: str) -> dict[str, Any]:
-    key, mark, value = (part if i == 2 else part.strip() for i, part in enumerate(text.partition("=")))
+    key, mark, value = text.partition("=")
+    key = key.strip()
     if not mark or not key:
         raise ConfigError(f"--set {text!r} must be KEY=VALUE, such as --set base.total_batch_size=262144")
     if not value:

@@ -127,6 +127,9 @@ def test_a_part_goes_where_one_is_there_whoever_named_it(tmp_path: Path) -> None
     assert "own" in parsed("--preset", str(tmp_path / "mine.toml")).data.sft
     assert "own" not in parsed("--preset", str(tmp_path / "mine.toml"), "--set", "data.sft.own=none").data.sft
     assert "gsm8k" not in parsed("--gsm8k", "none", "--set", "data.sft.gsm8k=none").data.sft
+    (tmp_path / "less.toml").write_text('[data.mid]\nmmlu = "none"\n')
+    assert list(parsed("--preset", str(tmp_path / "less.toml")).data.mid) == ["smoltalk", "gsm8k"]
+    assert list(parsed("--preset", str(tmp_path / "less.toml"), "--chat", "a.jsonl").data.mid) == ["chat", "gsm8k"]
 
 
 ODD = st.sampled_from(
@@ -210,7 +213,7 @@ def test_unknown_keys_name_the_nearest() -> None:
             )
         ],
         (("--set", "data.sft.nosuch=none"), r"data\.sft\.nosuch=none: .*its parts are: arc_easy, arc_challenge, gsm8k"),
-        (("--chat", "none", "--gsm8k", "none", "--set", "data.mid.mmlu=none"), "mmlu=none: .* parts are: none$"),
+        (("--chat", "none", "--gsm8k", "none", "--set", "data.mid.nosuch=none"), "nosuch=none: .*are: none$"),
         (("--set", "data.sft=none"), r"data\.sft = 'none': Input should be a valid dictionary"),
         (("--set", "preset=demo"), "unknown key 'preset'"),
         (("--workers", "3"), r"base\.total_batch_size = 524288 .* 2048 tokens .* 3 worker.*: 522240 or 528384"),
