@@ -271,8 +271,13 @@ def drift(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str
         if isinstance(before, dict) and isinstance(after, dict):
             lines += drift(before, after, f"{name}.")
         elif before != after:
-            lines.append(f"{name}: {before} -> {after}")
+            lines.append(f"{name}: {_shown(before)} -> {_shown(after)}")
     return lines
+
+
+def _shown(value: Any) -> str:
+    """A setting within a line: as it is, but for white space that would not be seen, or break the line."""
+    return value if isinstance(value, str) and value.isprintable() and value == value.strip() else repr(value)
 
 
 def checkpoint_path(step: int) -> str:

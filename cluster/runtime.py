@@ -40,7 +40,7 @@ def connect(debug: bool = False) -> str | None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Stages and actors that reserve no CPU are more processes than cores, of which Ray would warn.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = os.environ.get("RAY_ADDRESS") or "local"
     private = address == "local"
     local: dict[str, object] = {"include_dashboard": True} if private else {}
     runtime_env: dict[str, object] = {"env_vars": _worker_env()}

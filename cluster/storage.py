@@ -49,6 +49,8 @@ CREDENTIALS = re.compile(
     re.IGNORECASE,
 )
 
+EMPTY = "is empty: is a shell variable unset that should have held it? Give it a value, or leave it out"
+
 Value = TypeVar("Value")
 
 
@@ -103,7 +105,9 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of a root and the root's path on it."""
     if "://" not in uri:
         return fs.LocalFileSystem(), uri
-    if uri.startswith("s3://") and ("endpoint_override=" in uri or os.environ.get("AWS_ENDPOINT_URL")):
+    # pyarrow takes the endpoint from these, the first before the second
+    elsewhere = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if uri.startswith("s3://") and ("endpoint_override=" in uri or elsewhere):
         # Servers other than AWS answer 411 to the checksum trailers newer SDKs send by default.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     try:
@@ -174,6 +178,8 @@ class Storage:
 
     def __init__(self, uri: str | Path, run: str = "", token: str = "") -> None:
         text = str(uri).removeprefix("file://")
+        if not text.strip():
+            raise StorageError(f"the name of the storage {EMPTY}")
         refuse_credentials(text)
         # Absolute, because a Ray worker runs in another directory than the driver.
         object.__setattr__(self, "uri", text if "://" in text else os.path.abspath(os.path.expanduser(text)))
@@ -182,7 +188,7 @@ class Storage:
 
     def at(self, *parts: str) -> Storage:
         """The storage rooted at a folder below this one."""
-        base, mark, query = self.uri.partition("?")
+        base, mark, query = self.uri.partition("?") if self.local_path is None else (self.uri, "", "")
         below = "/".join([base.rstrip("/"), *(p.strip("/") for p in parts if p)])
         return dataclasses.replace(self, uri=below + mark + query)
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, cast
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -53,6 +54,7 @@ _TEXT_TYPES = (
     pa.binary_view(),
     pa.null(),
 )
+_IN_URI = "/!$&'()*+,;=:@"  # what the path of a URI may have besides letters, digits and -._~
 _MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # escaped, or as UTF-8 would be if it had any
 _BLANK_LINE, _BLANK_LINES = re.compile(r"\n[ \t\r]*\n"), re.compile(r"(?:[ \t\r]*\n)*")
 _CONTROL = bytes({*range(32), 127} - set(b"\t\n\r\f"))
@@ -544,6 +546,11 @@ def _files(
     fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
     base = "/".join(parts[:fixed]) or ("/" if location.startswith("/") else ".")
     filesystem, root = _filesystem(base + query)
+    while fixed < len(parts):  # what is there under just this name is no glob
+        literal = f"{root.rstrip('/')}/{parts[fixed]}"
+        if filesystem.get_file_info(literal).type == pafs.FileType.NotFound:
+            break
+        root, fixed = literal, fixed + 1
     info = filesystem.get_file_info(root)
     if info.type == pafs.FileType.File:
         if _kind(spec) not in kinds:
@@ -568,8 +575,10 @@ def _files(
         named = f"; the named corpora are {', '.join(CORPORA)}" if "/" not in spec else ""
         besides = f" besides {skipped_text(skipped)}" if skipped else ""
         raise FileNotFoundError(f"{spec} matches no file of a known kind ({suffixes}){besides}; check the path{named}")
-    scheme = location.partition("://")[0] + "://" if "://" in location else ""
-    return [f"{scheme}{path}{query}" for path in sorted(paths)]
+    if "://" not in location:
+        return sorted(paths)
+    scheme = location.partition("://")[0]
+    return [f"{scheme}://{quote(path, safe=_IN_URI)}{query}" for path in sorted(paths)]
 
 
 def _hub_files(spec: str, split: str) -> list[str]:

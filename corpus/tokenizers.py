@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -52,8 +53,16 @@ MAX_RUN = 10_000
 # From where a run begins: one that is tried from each of its characters would take the square of its length.
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1},}}|(?<!\s)\s{{{MAX_RUN + 1},}}")
 
+CONTROLS = {"\t": "TAB", "\n": "LINE FEED", "\r": "CARRIAGE RETURN"}  # to which Unicode gives no names but aliases
+
 META_FILE, RANKS_FILE, BYTES_FILE = "tokenizer_meta.json", "ranks.tiktoken", "token_bytes.npy"
 JSON_FILE = "tokenizer.json"
+
+
+def named(character: str) -> str:
+    """A character for a message: as it is written in code, with its name and its value in Unicode."""
+    name = unicodedata.name(character, "") or CONTROLS.get(character, "no name")
+    return f"{character!r} ({name}, U+{ord(character):04X})"
 
 
 class UnknownCharacterError(ValueError):
@@ -61,7 +70,7 @@ class UnknownCharacterError(ValueError):
 
     def __init__(self, character: str, position: int) -> None:
         super().__init__(
-            f"character {character!r} (U+{ord(character):04X}) at position {position} is not in the alphabet: "
+            f"character {named(character)} at position {position} is not in the alphabet: "
             f"add it to tokenizer.alphabet or take it out of the text"
         )
         self.character, self.position = character, position
@@ -338,7 +347,9 @@ class _Characters(Tokenizer):
         if not alphabet:
             raise ValueError("tokenizer.alphabet is empty: it holds the characters that texts are made of")
         if twice := sorted({character for character in alphabet if alphabet.count(character) > 1}):
-            raise ValueError(f"tokenizer.alphabet must hold every character once; more than once: {twice}")
+            raise ValueError(
+                f"tokenizer.alphabet must hold every character once; more than once: {', '.join(map(named, twice))}"
+            )
         special = _with_chat_tokens({}, len(alphabet))
         used = len(alphabet) + len(special)
         size = -(-used // 32) * 32

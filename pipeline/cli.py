@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 COMMANDS = {
     "run": "train: every stage from raw text to reinforcement learning",
@@ -18,6 +19,18 @@ COMMANDS = {
     "doctor": "check that this machine can run Fathom",
 }
 HELP = "usage: fathom COMMAND [options]\n\n" + "".join(f"  {name:<11}{what}\n" for name, what in COMMANDS.items())
+
+
+def refuse_empty(name: str, arguments: Sequence[str]) -> None:
+    """Raises ValueError for an argument without a value, which as a path would be the current folder."""
+    from cluster.storage import EMPTY
+
+    for before, argument in pairwise([name, *arguments]):
+        flag, mark, value = argument.partition("=")
+        if not argument.strip():
+            raise ValueError(f"what follows {before} {EMPTY}")
+        if flag.startswith("--") and mark and not value.strip():
+            raise ValueError(f"{flag}= {EMPTY}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f"pipeline.{name}")
     try:
         refuse_credentials(" ".join(rest))
+        refuse_empty(name, rest)
         status = int(command.main(rest))
         sys.stdout.flush()
         return status

@@ -12,11 +12,12 @@ import re
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from cluster.storage import Storage
+from cluster.storage import EMPTY, Storage
 from corpus.sources import CORPORA, SYNTHETIC
 from models.spec import Family
 from pipeline import scaling
@@ -50,35 +51,31 @@ STAGE_NAMES = (
     *("tokenizer", "ingest", "base", "evaluate_base"),
     *("conversations", "mid", "evaluate_mid", "sft", "evaluate_sft", "rl", "evaluate_rl"),
 )
-OF_PART = re.compile(r"(data\.(?:mid|sft)\.[^.]+\.).+")  # a key of a part of a mixture
+OF_PART = re.compile(r"(data\.(?:mid|sft)\.[^.]+\.)(.+)")  # a key of a part of a mixture
 
 
 class ConfigError(ValueError):
     """A mistake in flags, preset or --set; the message names the key, the value and what is allowed."""
 
 
-def _fewest_and_most(value: Any) -> Any:
+def _fewest_and_most(value: Any) -> tuple[int, int]:
     """2 → (2, 2); "1:8" → (1, 8)."""
-    if isinstance(value, str):
-        value = [int(part) for part in value.split(":")] if re.fullmatch(r"\d+(:\d+)?", value) else value
-        value = value * 2 if isinstance(value, list) and len(value) == 1 else value
-    return (value, value) if isinstance(value, int) else value
-
-
-def _in_order(value: tuple[int, int]) -> tuple[int, int]:
-    if not 1 <= value[0] <= value[1]:
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}(:\d{1,9})?", value):
+        value = [int(part) for part in value.split(":")]
+    numbers = list(value) if isinstance(value, list | tuple) else [value]
+    if not (numbers and all(type(n) is int for n in numbers) and len(numbers) <= 2 and 1 <= numbers[0] <= numbers[-1]):
         raise ValueError("must be a number from 1, or MIN:MAX with MIN not above MAX, such as 1:8")
-    return value
+    return numbers[0], numbers[-1]
 
 
-Workers = Annotated[tuple[int, int], BeforeValidator(_fewest_and_most), AfterValidator(_in_order)]
+Workers = Annotated[tuple[int, int], BeforeValidator(_fewest_and_most)]
 
 
 class Config(Section):
     """Everything a run is made from; one section a stage."""
 
     name: str = environment("run", "name of the run, its folder in storage")
-    preset: str | None = environment(None, "preset the run started from")
+    preset: str | None = Field(None, description="preset the run started from", json_schema_extra=FOUND)
     with_rl: bool = environment(False, "go on to reinforcement learning after SFT")
     workers: Workers = environment((1, 1), "training workers, one a device; MIN:MAX for as many as there is room for")
     storage: str = environment("./runs", "directory, s3:// or gs:// URI that holds the runs")
@@ -95,12 +92,13 @@ class Config(Section):
 
 
 class About(Section):
-    """What a preset says of itself, in its table [about]; none of it configures a run."""
+    """What a preset says of itself, in its table [about], which one of your own may leave out; none of it configures a
+    run."""
 
-    purpose: str = Field(description="what it is for, in a sentence")
-    source: str = Field(description="where its numbers come from")
-    corrections: list[str] = Field(description="where the source's claims were wrong, and what is right")
-    gpus: str = Field(description="the machine it is meant for, such as 8xH100 or cpu")
+    purpose: str = Field("", description="what it is for, in a sentence")
+    source: str = Field("", description="where its numbers come from")
+    corrections: list[str] = Field([], description="where the source's claims were wrong, and what is right")
+    gpus: str = Field("", description="the machine it is meant for, such as 8xH100 or cpu")
     usd_per_gpu_hour: float | None = Field(None, gt=0, description="what its source pays, or a usual rent")
     notes: list[str] = Field([], description="fall-backs and alternatives")
     # Flags and not presets of their own: they change how fast a run is, not what it learns, even between attempts.
@@ -132,6 +130,9 @@ def select(
     stop = names.index(last) + 1 if last else len(names)
     if start >= stop:
         raise ConfigError(f"--from {first} comes after --until {last}: nothing is left to run")
+    if only and only not in names[start:stop]:
+        others = " and ".join(f"{flag} {stage}" for flag, stage in (("--from", first), ("--until", last)) if stage)
+        raise ConfigError(f"--only {only} contradicts {others}: give --only alone, or the others without it")
     selected = [only] if only else list(names[start:stop])
     if left_out := [f for f in force if f not in selected]:
         raise ConfigError(
@@ -201,21 +202,25 @@ def dotted_keys(model: type[BaseModel] = Config, where: str = "") -> list[str]:
 def load_config(
     preset: str | None = None, flags: dict[str, Any] | None = None, sets: list[str] | None = None
 ) -> Config:
-    """Build the tree; `flags` is nested by section, `sets` holds "a.b=value" with TOML values or plain strings.
+    """Build the tree; `preset` is a name or a file, `flags` is nested by section, `sets` holds "a.b=value" with TOML
+    values or plain strings.
 
     Raises ConfigError, one line a fault.
     """
-    values: dict[str, Any] = {}
-    for layer in (flags or {}, *(_parse_set(text) for text in sets or [])):
-        values = _merge(values, layer)
-    if preset is not None:
-        named, _ = _read_preset(preset)
-        values = _merge(_giving_way(named, values), _merge({"preset": preset}, values))
-    values = _with_mixtures(values)
+    given: dict[str, Any] = {}
+    layers = [flags or {}, *map(_parse_set, sets or [])]
+    for layer in layers:
+        given = _merge(given, layer)
+    named = preset_values(preset) if preset is not None else {}
+    values = _with_mixtures(_merge(_giving_way(named, given), given), [named, *layers])
     _refuse_unknown_keys(values)
     values = _with_environment(values)
+    if preset is not None:
+        ours = preset in preset_names()
+        values["preset"] = preset if ours else absolute(preset)
+        values.setdefault("name", preset if ours else Path(preset).stem)
     checked = _validate(values)
-    values.setdefault("name", preset or f"d{checked.model.depth}")
+    values.setdefault("name", f"d{checked.model.depth}")
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
     values = _merge(values, _with_vocabulary(values, checked))
     values = _merge(values, {"data": {"digests": _digests(checked.data)}})
@@ -250,18 +255,24 @@ def default_storage() -> str:
 
 def absolute(place: str) -> str:
     """A local path made absolute, as stages run in other directories than the driver; anything else as it is."""
-    named = place in (NONE, SYNTHETIC) or place in CORPORA or "://" in place or place.startswith("hub:")
+    named = place in ("", NONE, SYNTHETIC) or place in CORPORA or "://" in place or place.startswith("hub:")
     return place if named else os.path.abspath(os.path.expanduser(place))
 
 
-def _with_mixtures(values: dict[str, Any]) -> dict[str, Any]:
+def _with_mixtures(values: dict[str, Any], layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`values` with all parts of mid and sft: the mixture of nanochat where no chat is named, else that and the
-    problems; parts given by hand come on top, and "none" takes one away. Places are made absolute."""
-    data = dict(values.get("data", {}))
+    problems; parts given by hand come on top, and "none" takes one away, which one of `layers` may have brought. Places
+    are made absolute."""
+    given = values.get("data", {})
+    if not isinstance(given, dict) or not all(isinstance(given.get(stage, {}), dict) for stage in ("mid", "sft")):
+        return values  # which is told when they are validated
+    data = dict(given)
     places = {name: data.get(name, DataConfig.model_fields[name].default) for name in ("corpus", "chat", "gsm8k")}
+    if empty := [name for name, place in places.items() if isinstance(place, str) and not place.strip()]:
+        raise ConfigError(f"data.{empty[0]} = {places[empty[0]]!r} {EMPTY}")
     data |= {name: absolute(place) for name, place in places.items() if isinstance(place, str)}
     chat, gsm8k = data.get("chat"), data["gsm8k"]
-    parts = tomllib.loads(MIXTURE.read_text())
+    parts = of_default = tomllib.loads(MIXTURE.read_text())
     if chat is not None:
         own = {"mid": {"source": chat}, "sft": {"source": chat, "rows": SFT_CHATS}}
         parts = {stage: {"chat": part} if chat != NONE else {} for stage, part in own.items()}
@@ -270,13 +281,33 @@ def _with_mixtures(values: dict[str, Any]) -> dict[str, Any]:
         problems["rows"] = data.get("synthetic_problems", DataConfig.model_fields["synthetic_problems"].default)
     for stage in ("mid", "sft"):
         of_stage = {"gsm8k": NONE if gsm8k == NONE else problems}
-        merged = _merge(_merge(parts[stage], of_stage), data.get(stage, {}))
+        own = data.get(stage, {})
+        merged = _merge(_merge(parts[stage], of_stage), own)
+        # a preset may take a part of the default away, and --chat all of them
+        known = {
+            *of_default[stage],
+            *parts[stage],
+            *of_stage,
+            *(name for layer in layers for name in _parts_of(layer, stage)),
+        }
+        if unknown := [name for name, part in own.items() if part == NONE and name not in known]:
+            there = ", ".join(name for name, part in merged.items() if part != NONE) or "none"
+            raise ConfigError(f"data.{stage}.{unknown[0]}=none: {stage} has no such part; its parts are: {there}")
         data[stage] = {
-            name: part | {"source": absolute(part["source"])} if isinstance(part, dict) and "source" in part else part
+            name: part | {"source": absolute(part["source"])}
+            if isinstance(part, dict) and isinstance(part.get("source"), str)
+            else part
             for name, part in merged.items()
             if part != NONE
         }
     return values | {"data": data}
+
+
+def _parts_of(layer: dict[str, Any], stage: str) -> list[str]:
+    """The names of the parts of a stage's mixture that a preset, or a flag, says something of."""
+    parts = _merge({"data": {stage: {}}}, layer)["data"]
+    parts = parts[stage] if isinstance(parts, dict) else {}
+    return [name for name, part in parts.items() if isinstance(part, dict)] if isinstance(parts, dict) else []
 
 
 def _with_environment(values: dict[str, Any]) -> dict[str, Any]:
@@ -347,13 +378,30 @@ def preset_about(name: str) -> About:
     return _read_preset(name)[1]
 
 
+def preset_values(name: str) -> dict[str, Any]:
+    """What preset `name` settles, nested by section; raises ConfigError for one that is not there."""
+    return _read_preset(name)[0]
+
+
 def _read_preset(name: str) -> tuple[dict[str, Any], About]:
-    """The preset's part of the tree, and what it says of itself."""
-    if name not in preset_names():
-        raise ConfigError(f"unknown preset {name!r}; there are: {', '.join(preset_names())}")
+    """The part of the tree that a preset settles, and what it says of itself. It is one of ours, or any TOML file by
+    its path."""
+    ours = name in preset_names()
+    if not ours and "/" not in name and not name.endswith(".toml"):
+        raise ConfigError(
+            f"unknown preset {name!r}; there are: {', '.join(preset_names())}; one of your own is named by its path, "
+            "such as ./mine.toml"
+        )
+    path = PRESETS / f"{name}.toml" if ours else Path(absolute(name))
+    if not path.is_file():  # a pipe could not be read twice
+        raise ConfigError(f"preset {name}: there is no such file")
     try:
-        tree = tomllib.loads((PRESETS / f"{name}.toml").read_text())
-    except tomllib.TOMLDecodeError as error:
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"preset {name} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"preset {name} is not UTF-8: {error}; save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"preset {name} is not valid TOML: {error}") from error
     try:
         return tree, About.model_validate(tree.pop("about", {}))
@@ -376,15 +424,34 @@ def _giving_way(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
 
 def _parse_set(text: str) -> dict[str, Any]:
     key, mark, value = text.partition("=")
-    if not mark or not key.strip():
+    key = key.strip()
+    if not mark or not key:
         raise ConfigError(f"--set {text!r} must be KEY=VALUE, such as --set base.total_batch_size=262144")
+    if not value:
+        raise ConfigError(f"--set {text}: the value {EMPTY}")
     try:
-        parsed: Any = tomllib.loads(f"value = {value}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        parsed = value.strip()
-    for part in reversed(key.strip().split(".")):
+        tree: dict[str, Any] = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
+        tree = {}
+    parsed: Any = tree["value"] if len(tree) == 1 else value.strip()  # a line break may begin other keys
+    if _takes_text(key) and not (tree and isinstance(parsed, str)):
+        parsed = value  # not what it looks like, and with the white space around it
+    for part in reversed(key.split(".")):
         parsed = {part: parsed}
     return dict(parsed)
+
+
+def _takes_text(key: str) -> bool:
+    """Whether any text is a value of this key."""
+    of_part = OF_PART.fullmatch(key)
+    model: Any = Part if of_part else Config
+    *sections, field = of_part[2].split(".") if of_part else key.split(".")
+    for section in sections:
+        model = getattr(model.model_fields.get(section), "annotation", None)
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return False
+    kind = getattr(model.model_fields.get(field), "annotation", None)
+    return bool({str, EnvironmentFile} & set(get_args(kind) if isinstance(kind, UnionType) else [kind]))
 
 
 def _refuse_unknown_keys(values: dict[str, Any]) -> None:
@@ -414,13 +481,19 @@ def _validate(values: dict[str, Any]) -> Config:
 
 def _fault(error: Any) -> str:
     name, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_too_short":
+        return f"{name} = {error['input']!r} {EMPTY}"
     of_section = error["type"] == "value_error" and isinstance(error["input"], dict)
     return f"{name}: {message}" if of_section else f"{name} = {error['input']!r}: {message}"
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `run` and `plan` share; one not given leaves the preset's or derived value."""
-    parser.add_argument("--preset", metavar="NAME", help="start from a preset; `fathom presets` lists them")
+    parser.add_argument(
+        "--preset",
+        metavar="NAME|FILE",
+        help="start from a preset, which `fathom presets` lists, or from a TOML file of your own, such as ./mine.toml",
+    )
     parser.add_argument("--depth", type=int, help="the dial: layers; width, tokens and batch follow")
     parser.add_argument("--family", choices=get_args(Family), help="architecture (default depth, which is nanochat's)")
     parser.add_argument("--hours", type=float, help="train base for this long, the decay ending with it")
@@ -428,9 +501,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--usd-per-worker-hour", type=float, help="price of one device an hour")
     parser.add_argument("--with-rl", action=argparse.BooleanOptionalAction, help="go on to reinforcement learning")
     parser.add_argument("--name", help="name of the run (default: the preset's name, or d<depth>)")
-    parser.add_argument(
-        "--storage", help="directory, s3:// or gs:// URI that holds the runs (default ./runs; ~/runs in a Ray job)"
-    )
+    add_storage_flag(parser)
+    parser.set_defaults(storage=None)  # a preset may name one
     parser.add_argument("--workers", help="training workers, one a device (default 1); MIN:MAX for as many as fit")
     parser.add_argument(
         "--corpus",
@@ -445,6 +517,15 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gsm8k", help="folder with train.jsonl and test.jsonl, hub:openai/gsm8k, synthetic, or none")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key; repeatable")
+
+
+def add_storage_flag(parser: argparse.ArgumentParser) -> None:
+    """Where the runs are, in every command."""
+    parser.add_argument(
+        "--storage",
+        default=default_storage(),
+        help="directory, s3:// or gs:// URI that holds the runs (default ./runs; ~/runs in a Ray job)",
+    )
 
 
 def add_stage_flags(parser: argparse.ArgumentParser) -> None:

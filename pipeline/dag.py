@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import ray
 
 from cluster import manifest as manifests
+from cluster.manifest import Manifest
 from cluster.resources import Devices
 from cluster.scratch import sweep
 from cluster.storage import StorageError
@@ -46,7 +48,7 @@ class StageError(ValueError):
 @dataclass(frozen=True)
 class Planned:
     """A stage and what this command will do with it: "skip", "run", "resume", "check" (after what it reads is made
-    again) or "" when it was not asked for."""
+    again), "reuse" (of another run) or "" when it was not asked for. The state of one that is forced is "forced"."""
 
     state: StageState
     action: str
@@ -56,12 +58,14 @@ def upstream_names(name: str) -> list[str]:
     return [part.partition(":")[0] for part in UPSTREAM[name]]
 
 
-def upstream_digests(store: RunStore, name: str) -> dict[str, str] | None:
-    """The digest of every part that a stage reads; None while one of them is not made."""
+def upstream_digests(
+    store: RunStore, name: str, reused: Mapping[str, Manifest] = MappingProxyType({})
+) -> dict[str, str] | None:
+    """The digest of every part that a stage reads; None while one of them is neither made nor to be `reused`."""
     digests = {}
     for part in UPSTREAM[name]:
         stage, _, prefix = part.partition(":")
-        manifest = manifests.read(store.stage(stage))
+        manifest = reused.get(stage) or manifests.read(store.stage(stage))
         if manifest is None:
             return None
         digests[part] = manifest.digest(prefix)
@@ -69,17 +73,26 @@ def upstream_digests(store: RunStore, name: str) -> dict[str, str] | None:
 
 
 def plan(
-    store: RunStore, config: Config, names: Sequence[str], selected: Sequence[str], force: Sequence[str]
+    store: RunStore,
+    config: Config,
+    names: Sequence[str],
+    selected: Sequence[str],
+    force: Sequence[str],
+    reused: Mapping[str, Manifest] = MappingProxyType({}),
 ) -> list[Planned]:
-    """What to do with each stage. Raises StageError when one has drifted, or reads what neither is made nor will be."""
+    """What to do with each stage, those of `reused` being copied first. Raises StageError when one has drifted, or
+    reads what neither is made nor will be."""
     planned: dict[str, Planned] = {}
     drifted: list[str] = []
     for name in names:
         if name in force:
-            planned[name] = Planned(StageState(name, "fresh"), "run" if name in selected else "")
+            planned[name] = Planned(StageState(name, "forced"), "run" if name in selected else "")
             continue
         remade = any(planned[u].action in ("run", "resume", "check") for u in upstream_names(name))
-        state = store.state(name, identity_of(name, config), None if remade else upstream_digests(store, name))
+        if name in reused:
+            planned[name] = Planned(StageState(name, "fresh"), "check" if remade and name in selected else "reuse")
+            continue
+        state = store.state(name, identity_of(name, config), None if remade else upstream_digests(store, name, reused))
         if name not in selected:
             planned[name] = Planned(state, "")
             continue
@@ -101,27 +114,31 @@ def plan(
     return list(planned.values())
 
 
-def reuse(store: RunStore, other: RunStore, config: Config, names: Sequence[str]) -> list[str]:
-    """Copies from another run every artifact that this run lacks and would make the same; returns their stages.
+def reusable(store: RunStore, other: RunStore, config: Config, names: Sequence[str]) -> dict[str, Manifest]:
+    """Of another run, the manifest of every stage that this run lacks and would make the same.
 
     Raises StageError for a run that is not there.
     """
     if not other.storage.exists():
         raise StageError(f"--reuse-from {other.run}: there is no such run in {other.storage.uri}")
-    copied = []
+    found: dict[str, Manifest] = {}
     for name in names:
-        digests = upstream_digests(store, name)
-        mine, theirs = store.stage(name), other.stage(name)
-        manifest = manifests.read(theirs)
-        if digests is None or manifest is None or manifests.read(mine) is not None:
+        digests = upstream_digests(store, name, found)
+        manifest = manifests.read(other.stage(name))
+        if digests is None or manifest is None or manifests.read(store.stage(name)) is not None:
             continue
         if manifest.identity == identity_of(name, config) and manifest.upstream == digests:
-            directory = manifests.fetch(theirs)
-            for file in manifest.files:
-                mine.upload(directory / file.path, file.path)
-            manifests.write(mine, manifest)
-            copied.append(name)
-    return copied
+            found[name] = manifest
+    return found
+
+
+def reuse(store: RunStore, other: RunStore, reused: Mapping[str, Manifest]) -> None:
+    """Copies from another run what is `reusable`."""
+    for name, manifest in reused.items():
+        directory = manifests.fetch(other.stage(name))
+        for file in manifest.files:
+            store.stage(name).upload(directory / file.path, file.path)
+        manifests.write(store.stage(name), manifest)
 
 
 def submit(

@@ -28,7 +28,7 @@ from corpus import left_out
 from corpus.rows import ROWS_FILE, Rows
 from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
-from pipeline.config import STAGE_NAMES, default_storage, stage_names
+from pipeline.config import STAGE_NAMES, add_storage_flag, stage_names
 from stages.context import StageContext
 from stages.growing import NOTES, PLAN, SPLITS, Plan, holder_of, open_rows
 
@@ -403,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     them and each document's text."""
     run = argparse.ArgumentParser(add_help=False)
     run.add_argument("run", metavar="RUN", help="name of the run")
-    run.add_argument("--storage", default=default_storage(), help="directory, s3:// or gs:// URI that holds the runs")
+    add_storage_flag(run)
     parser = argparse.ArgumentParser(prog="fathom data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     looking = commands.add_parser("inspect", parents=[run], help="rows as text, and what ingest counted")

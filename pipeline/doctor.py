@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from cluster.storage import Storage, StorageError
+from pipeline.config import add_storage_flag
 
 GIB = 1 << 30
 VLLM_ENV = {
@@ -46,7 +47,7 @@ class Check:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; returns 1 when a fault would stop a run."""
     parser = argparse.ArgumentParser(prog="fathom doctor", description=__doc__)
-    parser.add_argument("--storage", default="./runs", help="directory or URI that runs are to be written to")
+    add_storage_flag(parser)
     parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
     arguments = parser.parse_args(argv)
     checks = []
@@ -66,7 +67,7 @@ def examine(storage: str) -> Iterator[Check]:
     yield check_storage(storage)
     if (directory := Storage(storage).local_path) is not None:
         yield check_disk("disk of storage", directory)
-    yield check_disk("disk of Ray", Path(os.environ.get("RAY_TMPDIR", "/tmp")))
+    yield check_disk("disk of Ray", Path(os.environ.get("RAY_TMPDIR") or "/tmp"))
     yield check_shared_memory()
     yield check_port(8265, "Ray's dashboard takes the next free port")
     yield check_port(6379, "`ray start --head` needs it, or another --port; a run by itself does not")

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import sys
-import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from cluster.hardware import Gpus, cpu_computes_bf16, parse_gpus
 from corpus.sources import CORPORA, SYNTHETIC, shards_needed
 from models.spec import ModelSpec
 from pipeline.config import (
-    PRESETS,
     Config,
     ConfigError,
     add_config_flags,
@@ -30,6 +28,7 @@ from pipeline.config import (
     config_from_args,
     load_config,
     preset_about,
+    preset_values,
     select,
     stage_names,
 )
@@ -341,7 +340,7 @@ def _kept(config: Config, fixed: Collection[str]) -> set[str]:
     base = config.base
     kept = set(fixed)
     if config.preset:
-        kept |= set(tomllib.loads((PRESETS / f"{config.preset}.toml").read_text()).get("base", {}))
+        kept |= set(preset_values(config.preset).get("base", {}))
     defaults = {name: BaseConfig.model_fields[name].default for name in ("parallel", "checkpointing")}
     kept |= {name for name, default in defaults.items() if getattr(base, name) != default}
     # scaling's own choice for the workers of the configuration is none of the user's

@@ -1,4 +1,5 @@
-"""`fathom presets`: every named run, its size, hardware, hours and cost; with a name all that is known of one."""
+"""`fathom presets`: every named run, its size, hardware, hours and cost; with a name or file all that is known of
+one."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def described(name: str) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Prints the table, or with --json a list of what `described` gives; raises ConfigError for an unknown name."""
     parser = argparse.ArgumentParser(prog="fathom presets", description=__doc__)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="one preset in full, with its source and corrections")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME|FILE", help="one preset in full, with its source and corrections"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     presets = [described(name) for name in ([args.name] if args.name else preset_names())]
@@ -52,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     if args.name:
         (preset,) = presets
-        print(f"\nsource: {preset['source']}")
+        if preset["source"]:
+            print(f"\nsource: {preset['source']}")
         for title in ("corrections", "notes", "tiers"):
             if preset[title]:
                 print(f"\n{title}:", *(f"  - {line}" for line in preset[title]), sep="\n")

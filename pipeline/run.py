@@ -32,7 +32,7 @@ from pipeline.config import (
     select,
     stage_names,
 )
-from pipeline.dag import TRAINING, Planned, StageError, plan, reuse, submit
+from pipeline.dag import TRAINING, Planned, StageError, plan, reusable, reuse, submit
 from pipeline.plan import outlook
 from pipeline.status import run_states
 from pipeline.tracking import LiveView, final_table, plan_table
@@ -57,8 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 when every stage asked for is done, 1 when one failed, 2 for wrong flags."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(levelname)s %(message)s")
-    if args.dry_run and args.reuse_from:
-        raise StageError("--reuse-from copies artifacts, and --dry-run changes nothing: give one of them")
     config = config_from_args(args)
     store, console = RunStore(config.storage, config.name), Console()
     config = as_found(config, store.recorded)
@@ -66,10 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     names = stage_names(config)
     selected = select(names, args.only, args.first, args.until, args.force)
     check_mixtures(config, selected)
+    other = RunStore(config.storage, args.reuse_from) if args.reuse_from else None
     if args.dry_run:
-        planned = plan(store, config, names, selected, args.force)
-        plan_table(planned, console)
-        to_do = [item.state.name for item in planned if item.action not in ("", "skip")]
+        reused = reusable(store, other, config, names) if other else {}
+        planned = plan(store, config, names, selected, args.force, reused)
+        plan_table(planned, console, args.reuse_from)
+        to_do = [item.state.name for item in planned if item.action not in ("", "skip", "reuse")]
         if to_do:
             console.print("\n" + outlook(config, to_do), highlight=False, markup=False, soft_wrap=True)
         return 0
@@ -77,9 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     with store.claim() as claim:
         for name in store.settle():  # an attempt that was killed before it made anything
             console.print(f"{name:<14}  the artifact from before --force is back", highlight=False)
-        if args.reuse_from:
-            for name in reuse(store, RunStore(config.storage, args.reuse_from), config, names):
-                console.print(f"{name:<14}  taken from run {args.reuse_from}", highlight=False, markup=False)
+        if other:
+            reuse(store, other, reused := reusable(store, other, config, names))
+            for name in reused:
+                console.print(f"{name:<14}  taken from run {other.run}", highlight=False, markup=False)
         planned = plan(store, config, names, selected, args.force)
         failure = execute(store, config, planned, console, args.debug, claim, args.force)
         for name in store.settle():

@@ -8,7 +8,7 @@ import sys
 
 from cluster.storage import StorageError
 from pipeline.artifacts import RunStore, StageState
-from pipeline.config import STAGE_NAMES, stage_names
+from pipeline.config import STAGE_NAMES, add_storage_flag, stage_names
 from pipeline.tracking import final_table, summary
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table, or with --json {"run", "stages": [{"name", "state", "seconds", "metrics", "notes", "uri"}]}."""
     parser = argparse.ArgumentParser(prog="fathom status", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="name of the run")
-    parser.add_argument("--storage", default="./runs", help="directory, s3:// or gs:// URI that holds the runs")
+    add_storage_flag(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     store = RunStore(args.storage, args.run)

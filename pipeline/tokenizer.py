@@ -17,6 +17,7 @@ from cluster import manifest as manifests
 from corpus.rows import Rows
 from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
+from pipeline.config import add_storage_flag
 from pipeline.status import run_states
 
 SAMPLES = Path(__file__).parent / "samples.toml"
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table, or with --json what `report` returns."""
     parser = argparse.ArgumentParser(prog="fathom tokenizer", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="name of the run")
-    parser.add_argument("--storage", default="./runs", help="directory, s3:// or gs:// URI that holds the runs")
+    add_storage_flag(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     result = report(RunStore(args.storage, args.run))

@@ -202,12 +202,13 @@ def final_table(store: RunStore, states: list[StageState], console: Console | No
             console.print(f"{state.name}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def plan_table(planned: list[Any], console: Console) -> None:
-    """Print what a run would do with each stage (--dry-run)."""
+def plan_table(planned: list[Any], console: Console, other: str | None = None) -> None:
+    """Print what a run would do with each stage (--dry-run); `other` is the run that some may be copied from."""
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "state", "action"):
         table.add_column(column, no_wrap=True)
     for item in planned:
-        at = f" from step {item.state.checkpoint_step}" if item.action == "resume" else ""
+        froms = {"resume": f" from step {item.state.checkpoint_step}", "reuse": f" from run {other}"}
+        at = froms.get(item.action, "")
         table.add_row(item.state.name, item.state.state, (item.action or "not asked for") + at)
     console.print(table)

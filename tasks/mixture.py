@@ -30,7 +30,7 @@ SMALL = 256 << 20  # bytes, which are hashed in a second
 class Part(BaseModel):
     """One part of a mixture."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", str_min_length=1)
 
     source: str = Field(
         description="JSONL, Parquet, hub:<dataset>[:config]; gsm8k: or a folder, or synthetic; spelling: a word list"
@@ -39,10 +39,13 @@ class Part(BaseModel):
         "chat", description="what a record is: a conversation, a GSM8K problem, a multiple-choice question, a word"
     )
     split: str = Field("train", description="split of a hub dataset; gsm8k: of a folder")
-    rows: int | None = Field(None, ge=1, description="use the first N records")
-    repeats: int = Field(1, ge=1, description="times each record is used")
+    rows: int | None = Field(None, ge=1, strict=True, description="use the first N records")
+    repeats: int = Field(1, ge=1, strict=True, description="times each record is used")
     weight: float | None = Field(
-        None, gt=0, description="share of the mixture beside the other parts' weights; all parts have one, or none"
+        None,
+        gt=0,
+        strict=True,
+        description="share of the mixture beside the other parts' weights; all parts have one, or none",
     )
 
 

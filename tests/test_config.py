@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +21,8 @@ from hypothesis import strategies as st
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
 from corpus.tokenizers import Tokenizer
+from pipeline import cli, plan, run
 from pipeline import config as configuration
-from pipeline import plan, run
 from pipeline.artifacts import RunStore
 from pipeline.config import (
     PRESETS,
@@ -84,6 +86,96 @@ def test_order_is_derived_then_preset_then_command_line() -> None:
     assert parsed("--set", "rl.require_signal=false").rl.require_signal is False
 
 
+@pytest.mark.parametrize(
+    "key", ["name", "storage", "data.corpus", "data.text_column", "data.chat", "data.gsm8k", "data.sft.mine.source",
+            "data.sft.smoltalk.split", "tokenizer.source", "rl.environment"]
+)  # fmt: skip
+def test_what_is_empty_is_not_the_current_folder(key: str) -> None:
+    """But a shell variable that is not set; as a flag, within --set and in a preset."""
+    *sections, field = key.split(".")
+    tree: Any = ""
+    for name in [field, *reversed(sections)]:
+        tree = {name: tree}
+    for flags, sets in (({}, [f"{key}="]), ({}, [f'{key}=""']), (tree, [])):
+        with pytest.raises(ConfigError, match=r"^[^\n]+$") as refused:
+            load_config(None, flags, sets)
+        assert key in str(refused.value)
+        assert "is a shell variable unset" in str(refused.value) or key == "rl.environment"
+
+
+@pytest.mark.parametrize("text", ["2024", "1e5", "true", "1979-05-27", "[1]", "{a = 1}", "007", "x = 1", "3\nx=4"])
+def test_what_looks_like_a_number_is_text_where_a_setting_is_text(text: str) -> None:
+    sets = [f"{key}={text}" for key in ("name", "data.text_column", "data.sft.mine.source")]
+    config = load_config(None, {}, sets)
+    assert config.name == config.data.text_column == text
+    assert config.data.sft["mine"].source == str(Path(text).absolute())
+
+
+@pytest.mark.parametrize("alphabet", [" 01", "01 ", "\n01\t", "0#1", "'01", "0 1"])
+def test_the_white_space_of_text_is_kept(alphabet: str) -> None:
+    def given(text: str) -> str:
+        return parsed("--set", "tokenizer.source=chars", "--set", f"tokenizer.alphabet={text}").tokenizer.alphabet
+
+    assert given(json.dumps(alphabet)) == alphabet, "as TOML writes it"
+    assert given(alphabet) == alphabet
+    assert parsed("--set", " base.schedule = cosine ", "--set", "seed= 3 ").base.schedule == "cosine"
+
+
+def test_a_part_goes_where_one_is_there_whoever_named_it(tmp_path: Path) -> None:
+    assert list(parsed("--set", "data.sft.x.source=a.jsonl", "--set", "data.sft.x=none").data.sft) == list(
+        parsed().data.sft
+    )
+    (tmp_path / "mine.toml").write_text('[data.sft.own]\nsource = "a.jsonl"\n')
+    assert "own" in parsed("--preset", str(tmp_path / "mine.toml")).data.sft
+    assert "own" not in parsed("--preset", str(tmp_path / "mine.toml"), "--set", "data.sft.own=none").data.sft
+    assert "gsm8k" not in parsed("--gsm8k", "none", "--set", "data.sft.gsm8k=none").data.sft
+    (tmp_path / "less.toml").write_text('[data.mid]\nmmlu = "none"\n')
+    assert list(parsed("--preset", str(tmp_path / "less.toml")).data.mid) == ["smoltalk", "gsm8k"]
+    assert list(parsed("--preset", str(tmp_path / "less.toml"), "--chat", "a.jsonl").data.mid) == ["chat", "gsm8k"]
+
+
+ODD = st.sampled_from(
+    ["none", "-1", "2024", "true", "nan", "1e400", "[1]", "{}", "{a=1}", "07:32:00", " ", "3\nx=4", "9" * 5_000,
+     "[" * 5_000, "\ud800", "'a'", "~", "hub:", "s3://a b", "/dev/null", "1e-320"]
+)  # fmt: skip
+ODD_KEYS = ["", "data", "data.sft", "data.sft.x", "data.sft.x.source.y", "data.sft.arc_easy.split", "base", "name.x"]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from([*dotted_keys(), *ODD_KEYS]), ODD | st.text(st.characters(codec="utf-8"), max_size=8))
+@example("data.sft.x.source.y", "none")
+@example("seed", "9" * 5_000)
+@example("data.sft", "none")
+def test_any_setting_is_taken_or_refused(key: str, value: str) -> None:
+    """With a message of the configuration's own, or the system's of a file that it cannot open."""
+    with contextlib.suppress(ConfigError, OSError):
+        load_config(None, {}, [f"{key}={value}"])
+
+
+def test_some_test_names_every_setting() -> None:
+    """So that none is there which nobody has tried."""
+    texts = [path.read_text() for path in Path(__file__).parent.glob("*.py")]
+    words = set(re.findall(r"\w+", " ".join(texts)))
+    assert not [key for key in dotted_keys() if key.rsplit(".", 1)[-1] not in words]
+
+
+def test_every_command_looks_in_the_same_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """./runs, or where Ray would delete that with the job, ~/runs."""
+    examined: list[str] = []
+    monkeypatch.setattr("pipeline.doctor.examine", lambda storage: examined.append(storage) or iter(()))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder, place in (("job/_ray_pkg_1", tmp_path / "home/runs"), ("mine", tmp_path / "mine/runs")):
+        (tmp_path / folder).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / folder)
+        assert parsed().storage == str(place)
+        for command in (["status"], ["tokenizer"], ["data", "verify"], ["data", "inspect"]):
+            assert cli.main([*command, "nobody"]) == 1
+            assert f"{place}/nobody does not exist" in capsys.readouterr().err
+        assert cli.main(["doctor"]) == 0 and str(Path(examined[-1]).absolute()) == str(place)
+
+
 def test_unknown_keys_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'base\.matrx_lr'; did you mean base\.matrix_lr, \S+, \S+\?$"):
         parsed("--set", "base.matrx_lr=0.1")
@@ -105,6 +197,27 @@ def test_unknown_keys_name_the_nearest() -> None:
         ),
         (("--set", "base=3"), r"base = 3: Input should be a valid dictionary"),
         (("--set", "base.steps"), "must be KEY=VALUE"),
+        *[
+            (("--workers", wrong), rf"workers = '{wrong}': must be a number from 1, or MIN:MAX .* such as 1:8$")
+            for wrong in ("-1", "1.5", "two", "3:2", "1:2:3", "9" * 5_000)
+        ],
+        *[(("--set", f"workers={wrong}"), "must be a number from 1") for wrong in ("-1", "true", "[1, 2, 3]", "[]")],
+        *[
+            (("--set", f"{key}=true"), rf"{key} = True: (must be a number|Input should be a valid (integer|number))$")
+            for key in (
+                "seed",
+                "base.steps",
+                "rl.lr_scale",
+                "base.save_minutes",
+                "data.sft.gsm8k.rows",
+                "data.mid.gsm8k.repeats",
+                "data.mid.gsm8k.weight",
+            )
+        ],
+        (("--set", "data.sft.nosuch=none"), r"data\.sft\.nosuch=none: .*its parts are: arc_easy, arc_challenge, gsm8k"),
+        (("--chat", "none", "--gsm8k", "none", "--set", "data.mid.nosuch=none"), "nosuch=none: .*are: none$"),
+        (("--set", "data.sft=none"), r"data\.sft = 'none': Input should be a valid dictionary"),
+        (("--set", "preset=demo"), "unknown key 'preset'"),
         (("--workers", "3"), r"base\.total_batch_size = 524288 .* 2048 tokens .* 3 worker.*: 522240 or 528384"),
         (("--set", "mid.total_batch_size=100"), r"mid\.total_batch_size = 100 .*: 2048$"),
         (("--set", "sft.device_batch_size=6"), r"sft\.device_batch_size = 6 .* 16 rows.*: 1, 2, 4, 8, 16$"),
@@ -312,6 +425,32 @@ def test_the_stage_takes_the_file_that_the_run_was_started_with_and_no_other(tmp
     tokenizer_json(tmp_path, LETTERS)
     tokenizer_stage.run(stage_of(config, tmp_path), config.data, config.tokenizer, *sizes)
     assert Tokenizer.load(tmp_path / "demo" / "tokenizer").encode("cab") == [2, 0, 1]
+
+
+def test_of_a_document_the_tokenizer_sees_so_many_characters(tmp_path: Path) -> None:
+    """And of the corpus, until it has enough; what comes after them it has never seen."""
+    documents = ["".join(chr(ord("a") + (7 * i + j * j) % 23) for j in range(120)) + " zyx" * 100 for i in range(40)]
+    text = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    corpus = lines(tmp_path / "corpus.jsonl", text)
+
+    def trained(doc_chars: int, max_chars: int = 1_000_000) -> tuple[Tokenizer, dict[str, Any]]:
+        data = {"corpus": str(corpus), "validation_documents": 1}
+        setting = {"doc_chars": doc_chars, "max_chars": max_chars}
+        config = load_config("demo", {"data": data, "tokenizer": setting, "model": {"vocab_size": 300}})
+        context = stage_of(config, tmp_path / f"{doc_chars}-{max_chars}")
+        tokenizer_stage.run(
+            context, config.data, config.tokenizer, config.ingest.shard_bytes, config.model.vocab_size, config.seed
+        )
+        manifest = manifests.read(context.storage)
+        assert manifest is not None
+        return Tokenizer.load(manifests.fetch(context.storage)), manifest.metrics
+
+    (short, few), (whole, all_) = trained(100), trained(10_000)
+    assert few["documents"] == all_["documents"] > 20
+    assert few["characters"] == 100 * few["documents"] and all_["characters"] == 520 * few["documents"]
+    assert len(whole.encode(" zyx")) == 1 < len(short.encode(" zyx"))
+    _, less = trained(100, 1_000)
+    assert 1_000 <= less["characters"] < 1_100
 
 
 def test_status_needs_no_file_that_a_run_was_made_from(tmp_path: Path) -> None:

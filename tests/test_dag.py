@@ -12,7 +12,7 @@ from cluster import manifest as manifests
 from pipeline import cli
 from pipeline.artifacts import RunStore
 from pipeline.config import Config, ConfigError, identity_of, load_config, select, stage_names
-from pipeline.dag import StageError, plan, reuse, upstream_digests
+from pipeline.dag import UPSTREAM, StageError, plan, reusable, reuse, upstream_digests
 
 
 @pytest.fixture
@@ -152,6 +152,11 @@ def test_stages_are_chosen_by_name(store: RunStore, config: Config) -> None:
         actions(store, config, only="pretrain")
     with pytest.raises(ConfigError, match="nothing is left"):
         actions(store, config, first="sft", last="mid")
+    with pytest.raises(ConfigError, match="--only mid contradicts --from sft: give --only alone"):
+        actions(store, config, only="mid", first="sft")
+    with pytest.raises(ConfigError, match="--only mid contradicts --from ingest and --until base"):
+        actions(store, config, only="mid", first="ingest", last="base")
+    assert actions(store, config, only="mid", first="base", last="sft") == actions(store, config, only="mid")
     with pytest.raises(ConfigError, match="--force rl"):
         actions(store, config, force=("rl",), only="base")
 
@@ -159,11 +164,48 @@ def test_stages_are_chosen_by_name(store: RunStore, config: Config) -> None:
 def test_reuse_takes_what_would_be_made_the_same(store: RunStore, config: Config) -> None:
     other = load_config("demo", {"storage": config.storage, "name": "other"}, ["mid.matrix_lr=0.5"])
     mine = RunStore(other.storage, other.name)
-    taken = reuse(mine, store, other, stage_names(other))
-    assert taken == ["tokenizer", "ingest", "base", "evaluate_base", "conversations"]
+    taken = reusable(mine, store, other, stage_names(other))
+    assert list(taken) == ["tokenizer", "ingest", "base", "evaluate_base", "conversations"]
+    reuse(mine, store, taken)
     for name in taken:
         manifest = manifests.read(mine.stage(name))
         assert manifest is not None
         manifests.verify(mine.stage(name), manifest)
     with pytest.raises(StageError, match="no such run"):
-        reuse(mine, RunStore(config.storage, "nobody"), other, stage_names(other))
+        reusable(mine, RunStore(config.storage, "nobody"), other, stage_names(other))
+
+
+def table_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What a dry run shows of every stage: its state and what would be done."""
+    assert cli.main(["run", "--preset", "demo", "--dry-run", *arguments]) == 0
+    table, _, _ = capsys.readouterr().out.partition("\n\n")  # below, how long it would take
+    shown = [line.split() for line in table.splitlines()]
+    return {words[0]: " ".join(words[1:]) for words in shown if words and words[0] in UPSTREAM}
+
+
+@pytest.mark.parametrize("asked", [(), ("--until", "sft"), ("--force", "mid"), ("--only", "mid"), ("--from", "mid")])
+def test_a_dry_run_shows_what_would_be_reused(
+    store: RunStore, config: Config, asked: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And changes nothing; once it is copied, the same command has the same left to do."""
+    other = load_config("demo", {"storage": config.storage, "name": "other"}, ["mid.matrix_lr=0.5"])
+    mine = RunStore(other.storage, other.name)
+    arguments = ["--storage", config.storage, "--name", "other", "--set", "mid.matrix_lr=0.5", *asked]
+    shown = table_of([*arguments, "--reuse-from", "r"], capsys)
+    assert not Path(mine.storage.uri).exists()
+    taken = [name for name, said in shown.items() if said == "fresh reuse from run r"]
+    assert taken == list(reusable(mine, store, other, stage_names(other)))
+    reuse(mine, store, reusable(mine, store, other, stage_names(other)))
+    after = table_of(arguments, capsys)
+    assert {name: said for name, said in shown.items() if name not in taken} == {
+        name: said for name, said in after.items() if name not in taken
+    }
+    assert all(after[name].startswith("done ") for name in taken)
+    assert "reuse" not in " ".join(table_of([*arguments, "--reuse-from", "r"], capsys).values())
+    assert cli.main(["run", *arguments, "--dry-run", "--reuse-from", "nobody"]) == 1
+
+
+def test_a_forced_stage_is_shown_as_forced(store: RunStore, config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = table_of(["--storage", config.storage, "--name", "r", "--force", "mid", "--force", "rl"], capsys)
+    assert shown["mid"] == shown["rl"] == "forced run" and shown["base"] == "done skip"
+    assert shown["sft"] == "done check"

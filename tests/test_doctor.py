@@ -88,6 +88,32 @@ def test_no_or_unknown_command_prints_the_commands(argv: list[str], capsys: pyte
     assert all(name in shown for name in ("run", "plan", "status", "doctor"))
 
 
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        *[(["run", flag, ""], f"what follows {flag} ") for flag in ("--corpus", "--chat", "--gsm8k", "--storage")],
+        (["run", "--corpus="], "--corpus= "),
+        (["run", "--reuse-from", " "], "what follows --reuse-from "),
+        (["run", "--only", ""], "what follows --only "),
+        (["plan", "--gpus", ""], "what follows --gpus "),
+        (["probe", "--json", ""], "what follows --json "),
+        (["data", "inspect", "r", "--plot", ""], "what follows --plot "),
+        (["data", "verify", "r", "--stage="], "--stage= "),
+        (["doctor", "--storage", ""], "what follows --storage "),
+        (["status", ""], "what follows status "),
+        (["run", "--set", "data.corpus="], "--set data.corpus=: the value "),
+    ],
+)
+def test_an_argument_without_a_value_is_refused(
+    argv: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every command: a shell variable that is not set must not stand for the current folder."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 1
+    assert capsys.readouterr().err.startswith(f"fathom {argv[0]}: {named}is empty: is a shell variable unset")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_users_error_is_one_line_unless_debugging(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

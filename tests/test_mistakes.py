@@ -105,7 +105,7 @@ def test_a_damaged_artifact_is_named_and_not_used(line: Run, tmp_path: Path, dam
     assert run.manifests() == before
     forced = run.go("--until", "mid", "--force", "base", "--dry-run", seconds=120)
     rows = [row.split() for row in forced.output.splitlines()]
-    assert ["base", "fresh", "run"] in rows and ["ingest", "done", "skip"] in rows
+    assert ["base", "forced", "run"] in rows and ["ingest", "done", "skip"] in rows
 
 
 def test_a_stage_whose_input_is_not_made(line: Run, tmp_path: Path) -> None:

@@ -137,6 +137,10 @@ def test_memory_is_its_parts_and_holds_what_the_engine_keeps() -> None:
     assert one.weights == 4 * spec.parameters + 2 * spec.matrix_parameters
     assert one.gradients == 4 * spec.parameters
     assert one.optimizer == 4 * spec.matrix_parameters + 8 * spec.embedding_parameters
+    graphs = {fixed: memory(spec, replace(DEVICES, world=1, cuda_graphs=fixed)) for fixed in (False, True)}
+    assert graphs[True].gradients == 4 * spec.parameters > graphs[False].gradients, "those of a graph stay"
+    as_run = [plan.plan(at_depth(20, 8, cuda_graphs=fixed, parallel="ddp"))["memory_gb"] for fixed in (False, True)]
+    assert as_run[0]["gradients"] < as_run[1]["gradients"]
     longer = memory(
         replace(spec, sequence_len=4_096), replace(DEVICES, world=1, grad_accum_steps=2, device_batch_size=4)
     )

@@ -234,16 +234,61 @@ def test_a_named_tokenizer_takes_the_place_of_the_presets_vocabulary() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[about]\npurpos = "x"\n', r"preset mine: about\.purpose = .*\n.*\n.*\n.*\n.*about\.purpos = 'x'"),
-        ("[about\n", "preset mine is not valid TOML"),
+        (b'[about]\npurpos = "x"\n', r"preset {}: about\.purpos = 'x'"),
+        (b"[about\n", "preset {} is not valid TOML"),
+        (b'name = "caf\xe9"\n', "preset {} is not UTF-8: .*save it as UTF-8"),
+        ("# a comment\n".encode("utf-16"), "preset {} is not UTF-8"),
+        (b"seed = " + b"9" * 5_000, "preset {} is not valid TOML"),
+        (b"seed = " + b"[" * 50_000, "preset {} is not valid TOML"),
+        (b"[base]\nmatrx_lr = 1\n", r"unknown key 'base\.matrx_lr'; did you mean base\.matrix_lr"),
+        (b'[data]\ncorpus = ""\n', r"data\.corpus = '' is empty"),
+        (b'[data]\nsft = {nosuch = "none"}\n', "sft has no such part"),
     ],
 )
+@pytest.mark.parametrize("by_path", [False, True])
 def test_a_preset_that_is_wrong_says_where(
-    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: bytes, message: str, by_path: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configuration, "PRESETS", tmp_path)
-    (tmp_path / "mine.toml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    if not by_path:
+        monkeypatch.setattr(configuration, "PRESETS", tmp_path)
+    (tmp_path / "mine.toml").write_bytes(text)
+    name = str(tmp_path / "mine.toml") if by_path else "mine"
+    with pytest.raises(ConfigError, match=message.replace("{}", name)):
+        load_config(name)
+
+
+@pytest.mark.parametrize("name", ["./mine.toml", "mine.toml", "{}/mine.toml", "~/mine.toml"])
+def test_a_file_of_ones_own_is_a_preset(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every command, with what ours have, or without saying anything of itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file, name = tmp_path / "mine.toml", name.format(tmp_path)
+    file.write_bytes(b"\xef\xbb\xbf[model]\r\ndepth = 3\r\n[base]\r\nparallel = 'fsdp'\r\n")  # as Windows may write it
+    config = load_config(name, {"seed": 4})
+    assert (config.name, config.preset) == ("mine", str(file))
+    assert (config.model.depth, config.base.parallel, config.seed) == (3, "fsdp", 4)
+    assert load_config(config.preset) == load_config(name), "wherever it is read again"
+    assert preset_about(name).gpus == "" and load_config(name, {"name": "other"}).name == "other"
+    assert main(["run", "--preset", name, "--dry-run"]) == 0
+    assert "run mine in " in capsys.readouterr().out
+    assert main(["plan", "--preset", name, "--gpus", "8xH100"]) == 0
+    assert "fsdp" in capsys.readouterr().out, "the preset's choice is kept"
+    assert main(["presets", name]) == 0
+    assert name in capsys.readouterr().out
+    file.write_text((configuration.PRESETS / "7b.toml").read_text())
+    assert load_config(name).model_copy(update={"name": "7b", "preset": "7b"}) == load_config("7b")
+    assert preset_about(name) == preset_about("7b")
+
+
+@pytest.mark.parametrize("name", ["./mine.toml", "mine.toml", "./demo", "folder/", "/dev/zero"])
+def test_a_preset_that_is_no_file_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=f"preset {name}: there is no such file"):
+        load_config(name)
+    with pytest.raises(ConfigError, match=r"unknown preset 'mine'; there are: .*, such as \./mine\.toml"):
         load_config("mine")
 
 

@@ -287,6 +287,27 @@ def test_the_learners_gradient_is_that_of_the_formula() -> None:
     assert metrics["ratio_max"] == pytest.approx(np.exp(np.max(moved)), rel=1e-4)
 
 
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2", "k3"])
+def test_the_learner_is_held_to_the_reference_by_the_estimator_asked_for(kl_estimator: str) -> None:
+    """Each in a way of its own: none of the gradients is another's."""
+    model, reference = random_model(SPEC, seed=1), random_model(SPEC, seed=2)
+    prompts, completions, advantage = rollouts(model)
+    objective, estimates = torch.zeros(()), []
+    for prompt, c, a in zip(prompts, completions, advantage.tolist(), strict=True):
+        with torch.no_grad():
+            wanted = scores_of(reference, prompt, c)
+        for logprob, q in zip(scores_of(model, prompt, c), wanted, strict=True):
+            d = logprob - q
+            estimate = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[kl_estimator]
+            estimates.append(estimate.item())
+            cost = d.detach() * logprob if kl_estimator == "k1" else estimate  # k1 is a cost within the reward
+            objective = objective - a * logprob + 0.3 * cost
+    (objective / len(estimates)).backward()
+    gradients, metrics = step_of(ALONE, 4, kl_coefficient=0.3, kl_estimator=kl_estimator, ratio_cap=0)
+    torch.testing.assert_close(gradients, {name: p.grad for name, p in model.named_parameters()}, atol=1e-6, rtol=1e-3)
+    assert metrics["reference_kl"] == pytest.approx(np.mean(estimates), rel=1e-4)
+
+
 def test_a_second_update_is_clipped_against_the_policy_before_the_first() -> None:
     """With a reference, and completions that were cut off left out. Every second sequence is the second update's; old
     and reference are as they were."""

@@ -89,12 +89,14 @@ class Here:
     def __init__(self) -> None:
         self.model, self.version = fresh_model(seed=9), -1
         self.started: list[tuple[int, int]] = []  # version and number of prompts of each rollout
+        self.checked: list[int] = []  # versions of which the engine's weights were to be compared
         self.under_way: list[Rollout] = []
 
     def sync(self, state: Mapping[str, Tensor], version: int, check: bool = True, lasting: bool = False) -> float:
         assert not self.under_way, "weights move under a rollout"
         load_hf_state(self.model, {name: weight.clone() for name, weight in state.items()})
         self.version = version
+        self.checked += [version] if check else []
         return 0.0
 
     def start(
@@ -325,6 +327,18 @@ def test_an_engine_with_other_weights_stops_the_run(tmp_path: Path) -> None:
         attempt(tmp_path / "stale", pool=Stale())
     with pytest.raises(RuntimeError, match="step 2: a rollout was sampled with the weights of another step"):
         attempt(tmp_path / "forgetful", pool=Forgetful())
+
+
+@pytest.mark.parametrize("check_every", [1, 2, 3])
+def test_the_engines_weights_are_compared_every_so_many_syncs_and_in_every_attempt(
+    tmp_path: Path, check_every: int
+) -> None:
+    settings, path = {"check_every": check_every}, tmp_path / "run"
+    with pytest.raises(Killed):
+        attempt(path, settings, Digits(killed_at=40), pool=(pool := Here()))
+    assert pool.checked == list(range(0, 3, check_every))
+    attempt(path, settings, pool=(pool := Here()))
+    assert pool.checked == list(range(2, STEPS, check_every))
 
 
 SLOW = {"overlap": True, "dynamic_sampling": 1, "eval_every": 2, "eval_samples": 2, "lr_scale": 1e-6}

@@ -16,8 +16,11 @@ import pytest
 import ray
 import torch
 
+from cluster import manifest as manifests
 from cluster import runtime
-from cluster.resources import resources
+from cluster.manifest import Manifest
+from cluster.resources import Devices, resources
+from cluster.storage import Storage
 from corpus.conversation import render, render_prompt
 from corpus.tokenizers import Tokenizer
 from models.build import build
@@ -25,13 +28,17 @@ from models.generate import Completion, Turns, generate
 from models.hf import engine_state, save_pretrained
 from models.layers import LanguageModel
 from models.spec import ModelSpec
-from stages.config import RLConfig, TrainConfig
+from stages import evaluate
+from stages.config import EvaluateConfig, RLConfig, TrainConfig
+from stages.context import StageContext
 from stages.rl.learner import collate, update
 from stages.rl.rollout import RolloutPool
+from stages.rl.stage import actors_for, work
 from stages.training.loop import accumulate_gradients
 from stages.training.optimizer import build_optimizer
 from stages.training.parallel import World
 from tasks.base import NumberProblems, Problem, conversation_of
+from tasks.environments import EnvironmentFile
 
 ALONE = World(0, 1, torch.device("cpu"), threads=1)
 CONTEXT = 96
@@ -475,6 +482,48 @@ def test_weights_cross_the_host_only_when_they_must(
         assert pool.replaced == 1 and len(stored) == 1
         assert {c.weight_version for group in groups for c in group} == {8}
         assert disagreement(sent, prompts, groups) < 1e-4
+
+
+OWN = (
+    "from tasks.base import Problem\ndef problems(split):\n    return [Problem('Is it?', 'yes')] * 16\n"
+    "def grade(problem, completion):\n    return {'reward': float(len(completion) % 2)}\n"
+)
+
+
+@pytest.mark.parametrize("stage", ["rl", "evaluate_sft"])
+def test_a_stage_ends_where_calls_take_longer_than_they_may(directory: Path, tmp_path: Path, stage: str) -> None:
+    """No engine starts within a hundredth of a second; with the time there is by default evaluation is done."""
+    sft = Storage(tmp_path / "sft")
+    manifests.write(sft, Manifest("r", "sft", sft.upload_tree(directory)))
+    context = StageContext("r", stage, Storage(tmp_path / stage), {"sft": sft}, {}, {})
+    own, devices = EnvironmentFile(path="own.py", text=OWN), resources()
+
+    def go(**settings: Any) -> None:
+        if stage == "rl":
+            config = RLConfig(engine="torch", actors=1, environment=own, **settings)
+            work({"context": context, "config": config, "seed": 0, "devices": devices})
+        else:
+            shape = EvaluateConfig(engine="torch", problems=1, samples=1, max_new_tokens=2, **settings)
+            evaluate.run(context, "sft", shape, own, 30.0, 0, devices)
+
+    with pytest.raises(RuntimeError, match=r"rollout actor 0 is overdue: one call took .* for the 3\. time"):
+        go(call_timeout=0.01)
+    assert manifests.read(context.storage) is None
+    if stage != "rl":
+        go()
+        assert manifests.read(context.storage) is not None
+
+
+def test_devices_that_do_not_train_sample_unless_fewer_are_asked_for() -> None:
+    eight, world = Devices("cuda", gpus=8, cpus=16), World(0, 2, torch.device("cuda"), threads=1)
+
+    def actors(asked: int, placement: str = "split") -> int:
+        return actors_for(RLConfig(rollout_devices=asked), placement, eight, world)
+
+    assert [actors(asked) for asked in (0, 1, 4, 6)] == [6, 1, 4, 6]
+    assert actors(4, "shared") == 1, "each learner has one beside itself"
+    with pytest.raises(ValueError, match=r"so 6 could sample, not 7 \(rl\.rollout_devices\)"):
+        actors(7)
 
 
 def test_an_actor_that_cannot_start_is_not_tried_again(directory: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from runs import ROOT, environment
-from s3 import artifact, proxy, s3, soak, uri
+from s3 import BUCKET, artifact, proxy, s3, soak, uri
 from test_training import ALONE, CONFIG, STEPS, STOP, Killed, fresh_model, losses, run, write_rows
 
 from cluster import manifest as manifests
@@ -101,6 +101,20 @@ def test_of_eight_processes_that_claim_a_run_at_once_one_holds_it(s3: int) -> No
         for claimant in claimants:
             claimant.kill()
             claimant.wait()
+
+
+@pytest.mark.parametrize("general", ["", "http://127.0.0.1:1"])
+def test_the_endpoint_of_s3_goes_before_the_general_one(s3: int, general: str) -> None:
+    """And as with that one, what is written has no trailer, to which servers other than AWS answer 411."""
+    env = environment(AWS_ENDPOINT_URL=general, AWS_ENDPOINT_URL_S3=f"http://127.0.0.1:{s3}", AWS_REGION="us-east-1")
+    del env["AWS_REQUEST_CHECKSUM_CALCULATION"]
+    name = f"endpoint-{bool(general)}"
+    program = f"from cluster.storage import Storage; Storage('s3://{BUCKET}/{name}').write_bytes('f', b'here')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert Storage(uri(s3, name)).read_bytes("f") == b"here"
 
 
 @pytest.mark.parametrize("size", [1_000, LARGE])

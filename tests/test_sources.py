@@ -328,6 +328,20 @@ def test_globs_directories_and_uris_name_the_same_files(tmp_path: Path, monkeypa
     assert documents("train_*.parquet") == documents("./train_*.parquet") == ["train_0", "train_1"]
 
 
+@pytest.mark.parametrize("folder", ["a[1]", "b?", "*", "[", "[!x]*", "a b"])
+def test_a_name_that_is_there_is_no_glob(tmp_path: Path, folder: str) -> None:
+    """Of a folder, of one on the way, and of a file; where nothing has just this name, it is a glob as ever."""
+    for name in (folder, "a1", "bb", "c"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        write_parquet(tmp_path / name / "deep" / "p[0].parquet", {"text": [name]})
+    for spec in ("", "/", "/deep", "/deep/p[0].parquet", "/*/*.parquet", "/deep/p[[]0].parquet", "/**"):
+        assert documents(f"{tmp_path}/{folder}{spec}") == [folder]
+        if folder not in ("b?", "a b"):  # in a URI they are written otherwise
+            assert documents(f"file://{tmp_path}/{folder}{spec}") == [folder]
+    assert folder in documents(f"file://{tmp_path}"), "names that a URI does not have as they are"
+    assert documents(f"{tmp_path}/[ab]1/deep/*") == documents(f"{tmp_path}/[ab]1/**") == ["a1"]
+
+
 def test_what_others_left_in_a_folder_is_not_read_but_counted(tmp_path: Path) -> None:
     hidden = ["._a.parquet", ".git/x.txt", "deep/.ipynb_checkpoints/a.jsonl", "_temporary/0/p.parquet", ".cache/c.txt"]
     for name in hidden:

@@ -106,6 +106,22 @@ def test_uris() -> None:
         Storage("nowhere://x").exists()
 
 
+@pytest.mark.parametrize("name", ["a?b", "a?scheme=http", "a#b", "a%20b", "a b", " a", "[1]", "*", "ü", "a\nb", "{}"])
+def test_a_local_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    for uri in (tmp_path / name, f"file://{tmp_path}/{name}"):
+        Storage(uri).at("run", "base").write_bytes("f", b"here")
+        assert (tmp_path / name / "run/base/f").read_bytes() == b"here"
+        assert Storage(uri).list() == {"run/base/f": 4}
+        Storage(uri).at("run").delete("base")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["", " ", "file://"])
+def test_storage_without_a_name_is_not_the_current_folder(name: str) -> None:
+    with pytest.raises(StorageError, match="empty: is a shell variable unset"):
+        Storage(name)
+
+
 def test_storage_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match=r"cannot be written.*--storage"):
@@ -196,6 +212,11 @@ def test_latest_checkpoint_is_the_newest_whole_one(tmp_path: Path) -> None:
     assert latest is not None and latest[0] == 10 and latest[1].read_bytes("w") == b"12345"
     manifests.remove(latest[1])
     assert [step for step, _ in manifests.checkpoints(stage)] == [5, 15]
+
+
+def test_drift_shows_white_space_by_its_value() -> None:
+    old, new = {"alphabet": "01\n", "name": "a", "end": "a"}, {"alphabet": " 01", "name": "b", "end": None}
+    assert drift(old, new) == [r"alphabet: '01\n' -> ' 01'", "end: a -> None", "name: a -> b"]
 
 
 def test_drift_names_fields() -> None:

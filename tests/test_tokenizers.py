@@ -472,15 +472,31 @@ def test_the_vocabulary_of_characters_is_a_multiple_of_32(characters: Tokenizer,
         assert fixed_vocab_size("chars", alphabet) == Tokenizer.open("chars", alphabet).vocab_size == size
 
 
-@pytest.mark.parametrize(("text", "position"), [("12 + x", 5), ("\ud83d", 0), ("日1\U0010ffff", 2)])
-def test_an_unknown_character_is_named(characters: Tokenizer, text: str, position: int) -> None:
+@pytest.mark.parametrize(
+    ("text", "position", "name"),
+    [
+        ("12 + x", 5, "LATIN SMALL LETTER X"),
+        ("1\r\n", 1, "CARRIAGE RETURN"),
+        ("\ud83d", 0, "no name"),
+        ("日1\U0010ffff", 2, "no name"),
+    ],
+)
+def test_an_unknown_character_is_named(characters: Tokenizer, text: str, position: int, name: str) -> None:
     with pytest.raises(UnknownCharacterError) as caught:
         characters.encode(text)
     assert (caught.value.character, caught.value.position) == (text[position], position)
-    assert repr(text[position]) in str(caught.value) and f"U+{ord(text[position]):04X}" in str(caught.value)
+    assert repr(text[position]) in str(caught.value) and f"{name}, U+{ord(text[position]):04X})" in str(caught.value)
 
 
-@pytest.mark.parametrize(("alphabet", "message"), [("abca", "once; more than once: \\['a'\\]"), ("", "is empty")])
+@pytest.mark.parametrize(
+    ("alphabet", "message"),
+    [
+        ("abca", r"more than once: 'a' \(LATIN SMALL LETTER A, U\+0061\)$"),
+        ("\n \n ", r"more than once: '\\n' \(LINE FEED, U\+000A\), ' ' \(SPACE, U\+0020\)$"),
+        ("\x00\x00", r"'\\x00' \(no name, U\+0000\)$"),
+        ("", "is empty"),
+    ],
+)
 def test_an_alphabet_that_cannot_be_is_refused(alphabet: str, message: str) -> None:
     for make in (fixed_vocab_size, Tokenizer.open):
         with pytest.raises(ValueError, match=message):

@@ -431,6 +431,13 @@ def test_every_weight_has_one_rule_with_its_own_rate(rows: Rows, tmp_path: Path)
     assert [group.lr for group in groups] == pytest.approx([0.2 * scale, 0.004 * scale, 0.01])
     assert [group.muon for group in groups] == [False, False, True]
     assert sorted(n for g in groups for n in g.names) == sorted(n for n, _ in model.named_parameters())
+    own = config.model_copy(update={"unembedding_lr": 0.01, "embedding_lr": 0.3, "beta1": 0.7, "beta2": 0.9})
+    assert [group.lr for group in group_weights(model, own)] == pytest.approx([0.3 * scale, 0.01 * scale, 0.01])
+    assert [group.betas for group in group_weights(model, own)[:2]] == [(0.7, 0.9)] * 2
+    other = build(replace(SPEC, family="llama", softcap=0.0))  # its embedding has the head's rate unless one is given
+    assert [group.lr for group in group_weights(other, own.model_copy(update={"embedding_lr": None}))] == pytest.approx(
+        [0.01 * scale, 0.01 * scale, 0.01]
+    )
     decayed, vectors = group_weights(
         build(replace(SPEC, family="llama", softcap=0.0)),
         config.model_copy(update={"optimizer": "adamw", "weight_decay": 0.1}),
@@ -438,6 +445,32 @@ def test_every_weight_has_one_rule_with_its_own_rate(rows: Rows, tmp_path: Path)
     assert decayed.lr == vectors.lr == pytest.approx(1.5e-4)
     assert (decayed.weight_decay, vectors.weight_decay) == (0.1, 0.0)
     assert all("norm" in name for name in vectors.names) and len(vectors.names) == 2 * SPEC.layers + 1
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_with_cuda_graphs_gradients_stay_where_they_are_and_weights_learn_the_same(
+    rows: Rows, cuda_graphs: bool
+) -> None:
+    """As a graph writes to the same memory step after step; what replays it needs a GPU."""
+
+    def trained(config: TrainConfig) -> tuple[LanguageModel, list[dict[str, int]]]:
+        model, places = fresh_model(), []
+        optimizer = build_optimizer(model, config, "fp32", ALONE)
+        for step in range(4):
+            tokens = torch.from_numpy(rows.read(np.arange(8 * step, 8 * step + 8))[0])
+            mask = torch.ones(tokens[:, 1:].shape)
+            optimizer.overlap()
+            accumulate_gradients(model, tokens, mask, 4, "fp32", ALONE)
+            optimizer.reduce()
+            optimizer.step(1.0, 1.0)
+            places.append({n: p.grad.data_ptr() for n, p in model.named_parameters() if p.grad is not None})
+        return model, places
+
+    plain, _ = trained(CONFIG)
+    model, places = trained(CONFIG.model_copy(update={"cuda_graphs": cuda_graphs}))
+    assert same_weights(model, plain) and not same_weights(model, fresh_model())
+    assert places == [places[0]] * 4
+    assert len(places[0]) == (len(list(model.parameters())) if cuda_graphs else 0)
 
 
 def test_the_rate_of_every_step_is_recorded(rows: Rows, tmp_path: Path) -> None:
