@@ -22,7 +22,7 @@ from corpus.conversation import render, render_prompt
 from corpus.tokenizers import Tokenizer
 from models.build import build
 from models.generate import Completion, Turns, generate
-from models.hf import engine_state, save_pretrained
+from models.hf import engine_state
 from models.layers import LanguageModel
 from models.spec import ModelSpec
 from stages.config import RLConfig, TrainConfig
@@ -31,6 +31,7 @@ from stages.rl.rollout import RolloutPool
 from stages.training.loop import accumulate_gradients
 from stages.training.optimizer import build_optimizer
 from stages.training.parallel import World
+from stages.training.state import export
 from tasks.base import NumberProblems, Problem, conversation_of
 
 ALONE = World(0, 1, torch.device("cpu"), threads=1)
@@ -165,8 +166,7 @@ def taught(tokenizer: Tokenizer, spec: ModelSpec) -> LanguageModel:
 def directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, spec: ModelSpec) -> Iterator[Path]:
     """A saved model, and Ray."""
     path = tmp_path_factory.mktemp("model")
-    save_pretrained(random_model(spec, seed=0), path, tokenizer.bos, tokenizer.special("<|assistant_end|>"))
-    tokenizer.save(path)
+    export(random_model(spec, seed=0), tokenizer, path)
     runtime.connect()
     yield path
     ray.shutdown()
