@@ -38,6 +38,8 @@ class CalculatorParser(ToolParser):  # type: ignore[misc]
 
     def __init__(self, tokenizer: Any, tools: list[Any] | None = None) -> None:
         super().__init__(tokenizer, tools)
+        if END not in self.vocab:
+            raise RuntimeError(f"the tokenizer has no {END}: the parser fathom is for models that Fathom trained")
         functions = [getattr(tool, "function", tool) for tool in self.tools]  # of the chat API, else the responses API
         self.calculator = next((function for function in functions if function.name in CALCULATORS), None)
         self.streamed, self.shown = "", 0  # the text so far, and how many of its characters the client has
