@@ -33,7 +33,7 @@ from cluster.resources import resources
 from corpus.tokenizers import Tokenizer
 from models.build import build
 from models.generate import Completion
-from models.hf import engine_state, save_pretrained
+from models.hf import engine_state
 from models.layers import LanguageModel
 from models.spec import ModelSpec
 from stages.config import RLConfig
@@ -42,6 +42,7 @@ from stages.rl.learner import learner_precision, update
 from stages.rl.rollout import RolloutPool
 from stages.training.optimizer import build_optimizer
 from stages.training.parallel import World, prepare
+from stages.training.state import export
 
 TEXT = "The model of this benchmark reads and writes words that mean nothing to it. "
 
@@ -108,8 +109,7 @@ def main() -> None:
     model = caller(spec, tokenizer, args.calls, args.new_tokens)
     prompts = np.random.default_rng(0).integers(256, size=(args.prompts, args.prompt_tokens)).tolist()
     with tempfile.TemporaryDirectory(prefix="fathom-bench-") as directory:
-        save_pretrained(model, Path(directory), tokenizer.bos, tokenizer.special("<|assistant_end|>"))
-        tokenizer.save(Path(directory))
+        export(model, tokenizer, Path(directory))
         runtime.connect()
         try:
             row = measure(Path(directory), model, prompts, args)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+CALCULATORS = ("python", "calculator", "calculate")  # the names of the one tool, in data and in OpenAI's API
 MARK = "\ufdd0"  # a noncharacter, free for such use; a message that has it keeps it
 
 
@@ -32,9 +33,11 @@ def unescapes(special: Iterable[str]) -> list[tuple[str, str]]:
 def chat_template(special: Iterable[str]) -> str:
     """The template for a tokenizer that has the tokens `special`.
 
-    It refuses what `corpus.conversation` refuses. vLLM knows by the name `content` that parts may be given.
+    It refuses what `corpus.conversation` refuses, and the arguments of a call as JSON text, which no template can read:
+    vLLM makes them an object. vLLM knows by the name `content` that parts may be given.
     """
-    return _TEMPLATE.replace("ESCAPES", ascii([list(pair) for pair in escapes(special)]))
+    pairs = ascii([list(pair) for pair in escapes(special)])
+    return _TEMPLATE.replace("ESCAPES", pairs).replace("CALCULATORS", ascii([*CALCULATORS]))
 
 
 _TEMPLATE = """\
@@ -44,6 +47,7 @@ _TEMPLATE = """\
   {{- safe.text -}}
 {%- endmacro -%}
 {%- set roles = ['system', 'user', 'assistant', 'tool'] -%}
+{%- set calculators = CALCULATORS -%}
 {%- set types = ['text', 'python', 'python_output'] -%}
 {%- set no_parts = "a message's content is neither text nor parts of " ~ types | join(', ') -%}
 {%- set state = namespace(system='', previous='', text='') -%}
@@ -52,11 +56,18 @@ _TEMPLATE = """\
   {%- if message is not mapping -%}
     {{- raise_exception('a message must be an object with role and content') -}}
   {%- endif -%}
+  {%- set role = message.role | string | truncate(40) -%}
+  {%- set calls = message.tool_calls or [] -%}
+  {%- set one = 1 if message.role == 'assistant' else 0 -%}
+  {%- if calls is string or calls is mapping or calls is not iterable or calls | length > one -%}
+    {{- raise_exception("a message of the role '" ~ role ~ "' has the tool_calls " ~ calls | string | truncate(40)
+        ~ '; one of the assistant has one at most, as a list') -}}
+  {%- endif -%}
   {%- if message.role not in roles -%}
-    {%- set role = message.role | string | truncate(40) -%}
     {{- raise_exception("a message has the role '" ~ role ~ "'; the roles are " ~ roles | join(', ')) -}}
   {%- endif -%}
   {%- set content = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
+  {%- if calls and (content is none or content is undefined) -%}{%- set content = [] -%}{%- endif -%}
   {%- if content is undefined or content is mapping or content is not iterable -%}
     {{- raise_exception(no_parts) -}}
   {%- endif -%}
@@ -65,6 +76,18 @@ _TEMPLATE = """\
       {{- raise_exception(no_parts) -}}
     {%- endif -%}
   {%- endfor -%}
+  {%- if calls -%}
+    {%- set function = calls[0].function if calls[0] is mapping and calls[0].function is mapping else {} -%}
+    {%- set values = function.arguments.values() | list if function.arguments is mapping else [] -%}
+    {%- if function.name not in calculators or values | length != 1 or values[0] is not string -%}
+      {%- set name = function.name | default(none) | string -%}
+      {%- set name = "'" ~ name ~ "'" if function.name is string else name -%}
+      {{- raise_exception('a message calls ' ~ name | truncate(40) ~ ' with ' ~ function.arguments | string
+          | truncate(40) ~ '; the only tool here is the calculator (' ~ calculators | join(', ')
+          ~ '), with one string in an object') -}}
+    {%- endif -%}
+    {%- set content = content + [{'type': 'python', 'text': values[0]}] -%}
+  {%- endif -%}
   {%- set all_text = content | map(attribute='text') | join -%}
   {%- if message.role == 'system' -%}
     {%- set state.system = state.system + all_text + '\\n\\n' -%}

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from corpus.chat_template import CALCULATORS
 from corpus.left_out import UnusableError
 from corpus.tokenizers import Tokenizer
 
@@ -27,7 +28,6 @@ _PARTS = {
     "python": ("<|python_start|>", "<|python_end|>", True),
     "python_output": ("<|output_start|>", "<|output_end|>", False),
 }
-_CALCULATORS = ("python", "calculator", "calculate")  # what data calls it
 # what ShareGPT calls the roles
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -165,11 +165,11 @@ def _from_tool_call(call: Any) -> dict[str, str]:
         with contextlib.suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
     values = list(arguments.values()) if isinstance(arguments, dict) else []
-    if name not in _CALCULATORS or len(values) != 1 or not isinstance(values[0], str):
+    if name not in CALCULATORS or len(values) != 1 or not isinstance(values[0], str):
         raise UnusableError(
             "other_tool",
             f"a message calls {reprlib.repr(name)} with {reprlib.repr(arguments)}; the only tool here is the "
-            f"calculator ({', '.join(_CALCULATORS)}), with one string",
+            f"calculator ({', '.join(CALCULATORS)}), with one string",
         )
     return {"type": "python", "text": values[0]}
 

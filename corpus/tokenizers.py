@@ -26,7 +26,17 @@ from corpus.chat_template import chat_template, escapes, unescapes
 from corpus.utf8 import valid
 from corpus.vocabularies import ENCODINGS, Ranks, TokenizerJson, byte_level, gpt4_pattern, parse_ranks, read
 
-__all__ = ["ENCODINGS", "SPECIAL_TOKENS", "BytePairs", "Tokenizer", "UnknownCharacterError", "fixed_vocab_size"]
+__all__ = [
+    "ANSWER_ENDS",
+    "DOCUMENT_ENDS",
+    "ENCODINGS",
+    "PADDING",
+    "SPECIAL_TOKENS",
+    "BytePairs",
+    "Tokenizer",
+    "UnknownCharacterError",
+    "fixed_vocab_size",
+]
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -39,6 +49,13 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
+
+# What ends a text, the first of them by name: a document ends where the next would begin, an answer with the turn or,
+# until a tool has answered, with a call.
+DOCUMENT_ENDS, ANSWER_ENDS = ("<|bos|>",), ("<|assistant_end|>", "<|python_end|>")
+# Trainers leave padding out of the loss, so it is neither what parts documents nor what ends a turn. And transformers,
+# where no attention mask is given, takes each of these for padding unless an answer ends with it.
+PADDING = "<|python_end|>"
 
 # Digits in groups of one or two: three-digit groups would eat a small vocabulary.
 SPLIT_PATTERN = gpt4_pattern(digits=2)
@@ -134,10 +151,11 @@ class Tokenizer(ABC):
     def restore(cls, directory: Path, meta: dict[str, Any]) -> Tokenizer:
         """The tokenizer of this kind in `directory`."""
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, eos: str = ANSWER_ENDS[0], max_length: int | None = None) -> None:
         """Write what `load` reads, the bytes of each token, and the files transformers' AutoTokenizer reads.
 
-        Their tokenizer and template belong together: see `corpus.chat_template`.
+        There `eos` ends a text and `max_length` tokens are the most that the model takes. Their tokenizer and template
+        belong together: see `corpus.chat_template`.
         """
         directory.mkdir(parents=True, exist_ok=True)
         _write_json(directory / META_FILE, {"kind": self.kind, **self._state(directory)})
@@ -147,9 +165,13 @@ class Tokenizer(ABC):
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<|bos|>",
-            "eos_token": "<|assistant_end|>",
+            "eos_token": eos,
+            "pad_token": PADDING,
+            "padding_side": "left",  # as generating needs it
             "clean_up_tokenization_spaces": False,
         }
+        if max_length is not None:
+            config["model_max_length"] = max_length
         _write_json(directory / "tokenizer_config.json", config)
         (directory / "chat_template.jinja").write_text(chat_template(self._special), encoding="utf-8")
 
@@ -405,10 +427,11 @@ def _add_special(fast: Any, special: dict[str, int]) -> Any:
     return fast
 
 
-def _with_marks(fast: Any, special: Iterable[str]) -> dict[str, Any]:
+def _with_marks(fast: Any, special: dict[str, int]) -> dict[str, Any]:
     """The tokenizer.json of `fast`, reading chats: each message by itself, the template's marks taken out of it.
 
-    Special tokens are cut out of a text before it is normalized, so what the marks part is never one.
+    Special tokens are cut out of a text before it is normalized, so what the marks part is never one. A text by itself
+    begins with bos, as a document does in training; one from the template has it, and is read without special tokens.
     """
     data: dict[str, Any] = json.loads(fast.to_str())
     for token in data["added_tokens"]:
@@ -421,6 +444,14 @@ def _with_marks(fast: Any, special: Iterable[str]) -> dict[str, Any]:
     for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         if step.get("prepend_scheme") == "first":  # the first of a whole chat; each message is a first one here
             step["prepend_scheme"] = "always"
+    bos = "<|bos|>"
+    texts = [[{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": "AB"[i], "type_id": i}}] for i in (0, 1)]
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": texts[0],
+        "pair": texts[0] + texts[1],
+        "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}},
+    }
     return data
 
 

@@ -7,7 +7,7 @@ Weight names are the same there and here, save gpt2's. Padding rows and a tied h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers that older files hold
 
 
-def hf_config(spec: ModelSpec, bos: int, eos: int) -> dict[str, Any]:
-    """The `config.json` of this shape; bos and eos are token ids."""
+def hf_config(spec: ModelSpec, bos: int, eos: int, pad: int) -> dict[str, Any]:
+    """The `config.json` of this shape; bos, eos and pad are token ids."""
     architecture, model_type = ARCHITECTURES[spec.family]
     config: dict[str, Any] = {
         "architectures": [architecture],
@@ -55,7 +55,7 @@ def hf_config(spec: ModelSpec, bos: int, eos: int) -> dict[str, Any]:
         "tie_word_embeddings": spec.tied,
         "bos_token_id": bos,
         "eos_token_id": eos,
-        "pad_token_id": bos,
+        "pad_token_id": pad,
     }
     if spec.family == "gpt2":
         return config | {
@@ -251,12 +251,20 @@ def _weights(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def save_pretrained(
-    model: LanguageModel, directory: Path, bos: int, eos: int, dtype: torch.dtype = torch.float32
+    model: LanguageModel,
+    directory: Path,
+    bos: int,
+    eos: Sequence[int],
+    pad: int,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes weights and config into `directory`; bos and eos are token ids."""
+    """Writes weights and configs into `directory`; bos, eos and pad are token ids. What it generates ends with any of
+    eos, of which config.json has the first."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = hf_config(model.spec, bos, eos) | {"dtype": str(dtype).removeprefix("torch.")}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = hf_config(model.spec, bos, eos[0], pad) | {"dtype": str(dtype).removeprefix("torch.")}
+    generation = {"bos_token_id": bos, "eos_token_id": [*eos], "pad_token_id": pad}
+    for name, written in (("config.json", config), ("generation_config.json", generation)):
+        (directory / name).write_text(json.dumps(written, indent=2) + "\n")
     weights = {name: w.to("cpu", dtype).contiguous() for name, w in hf_state_dict(model).items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 

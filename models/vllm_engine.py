@@ -108,6 +108,7 @@ class VLLMEngine:
             max_tokens=room,
             seed=seed,
             stop_token_ids=self.stops,
+            ignore_eos=True,  # of generation_config.json: calls end there even where there are no tools
             logprobs=0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,

@@ -49,7 +49,8 @@ def run(context: StageContext, data: DataConfig, sequence_len: int, seed: int) -
     sources = [part for part in data.sources() if part.source != data.corpus]
     check_unchanged(sources, data.digests)
     tokenizer = Tokenizer.load(context.fetch("tokenizer"))
-    records = sorted({part.source for part in sources if part.format in ("chat", "choices")})
+    own = [*data.mid.values(), *data.sft.values()]
+    records = sorted({part.source for part in own if part.format in ("chat", "choices")})
     stats: dict[str, Any] = {"skipped": tell_skipped(context, records, ROW_KINDS), "read": {}}
     figures: dict[str, int] = {}
     with context.scratch() as directory:

@@ -428,13 +428,14 @@ def test_the_stage_takes_the_file_that_the_run_was_started_with_and_no_other(tmp
 
 
 def test_of_a_document_the_tokenizer_sees_so_many_characters(tmp_path: Path) -> None:
-    """And of the corpus, until it has enough; what comes after them it has never seen."""
+    """And of the corpus, until it has enough; what comes after them it has never seen. All of them, where the corpus is
+    used up anyway."""
     documents = ["".join(chr(ord("a") + (7 * i + j * j) % 23) for j in range(120)) + " zyx" * 100 for i in range(40)]
     text = "".join(json.dumps({"text": document}) + "\n" for document in documents)
     corpus = lines(tmp_path / "corpus.jsonl", text)
 
-    def trained(doc_chars: int, max_chars: int = 1_000_000) -> tuple[Tokenizer, dict[str, Any]]:
-        data = {"corpus": str(corpus), "validation_documents": 1}
+    def trained(doc_chars: int, max_chars: int = 20_000) -> tuple[Tokenizer, dict[str, Any]]:
+        data = {"corpus": str(corpus)}
         setting = {"doc_chars": doc_chars, "max_chars": max_chars}
         config = load_config("demo", {"data": data, "tokenizer": setting, "model": {"vocab_size": 300}})
         context = stage_of(config, tmp_path / f"{doc_chars}-{max_chars}")
@@ -448,6 +449,7 @@ def test_of_a_document_the_tokenizer_sees_so_many_characters(tmp_path: Path) -> 
     (short, few), (whole, all_) = trained(100), trained(10_000)
     assert few["documents"] == all_["documents"] > 20
     assert few["characters"] == 100 * few["documents"] and all_["characters"] == 520 * few["documents"]
+    assert trained(100, 1_000_000)[1] == all_
     assert len(whole.encode(" zyx")) == 1 < len(short.encode(" zyx"))
     _, less = trained(100, 1_000)
     assert 1_000 <= less["characters"] < 1_100

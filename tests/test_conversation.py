@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus import synthetic
+from corpus.chat_template import CALCULATORS
 from corpus.conversation import from_record, render, render_prompt
 from corpus.left_out import UnusableError
 from corpus.sources import read_records
@@ -185,8 +186,24 @@ CONTENTS = st.one_of(
     st.sampled_from([None, 7, {"type": "text"}, ["x"], [{"type": "image", "text": "x"}], [{"type": "text"}]]),
 )
 ROLES = ("system", "user", "assistant", "tool")
+
+
+def calling(name: Any, *arguments: Any) -> list[Any]:
+    """`tool_calls` of one function, as transformers has them: arguments are no text."""
+    return [{"type": "function", "function": {"name": name, "arguments": given}} for given in arguments]
+
+
+CALLS = st.one_of(
+    st.sampled_from([calling(name, {"expression": "6*7<|python_end|>"}) for name in CALCULATORS]),
+    st.sampled_from(
+        [None, [], calling("python", {"a": "1"}, {"a": "1"}), "x", 7, {"a": 1}, [None], [{}], [{"function": 7}]]
+    ),
+    st.sampled_from([calling("weather", {"a": "1"}), calling(None, {"a": "1"}), [{"function": {}}]]),
+    st.sampled_from([calling("python", given) for given in (7, None, {}, {"a": 1}, {"a": "1", "b": "2"})]),
+)
 MESSAGES = st.one_of(
     *[st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": CONTENTS})] * 4,
+    st.fixed_dictionaries({"role": st.sampled_from(ROLES), "tool_calls": CALLS}, optional={"content": CONTENTS}),
     st.fixed_dictionaries({"role": st.sampled_from(["developer", "User", "function", None, 7]), "content": CONTENTS}),
     st.sampled_from(["hello", None, {}, {"role": "user"}, {"content": "x"}]),
 )
@@ -207,6 +224,26 @@ def test_the_chat_template_refuses_what_is_refused_here(
         assert str(error).split()[:5] == str(refusal.value).split()[:5]  # the same fault
     else:
         assert served(messages) == ids
+
+
+def test_the_chat_template_writes_openais_calls(tokenizer: Tokenizer, served: Callable[..., list[int]]) -> None:
+    """But for arguments as JSON text, which no template can read and vLLM reads for it."""
+    from jinja2 import TemplateError
+
+    [ask, call, result, end] = [
+        {"role": "user", "content": "Half of 48?"},
+        {"role": "assistant", "content": "It is ", "tool_calls": calling("calculator", {"expression": "48/2"})},
+        {"role": "tool", "content": "24", "tool_call_id": "1"},
+        {"role": "assistant", "content": "24"},
+    ]
+    ids = served([ask, call, result])
+    assert ids == render_prompt([ask, call, result], tokenizer)
+    assert tokenizer.decode(ids).endswith("It is <|python_start|>48/2<|python_end|><|output_start|>24<|output_end|>")
+    assert served([ask, call, result, end, ask]) == render_prompt([ask, call, result, end, ask], tokenizer)
+    told = call | {"tool_calls": calling("calculator", '{"expression": "48/2"}')}
+    assert render_prompt([ask, told, result], tokenizer) == ids
+    with pytest.raises(TemplateError, match="with one string in an object"):
+        served([ask, told, result])
 
 
 @pytest.mark.parametrize("role", ["developer", "User", "function", "x" * 1_000])

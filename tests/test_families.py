@@ -64,7 +64,7 @@ def test_transformers_reads_our_checkpoint_and_computes_the_same_logits(spec: Mo
     from transformers import AutoModelForCausalLM
 
     model = random_model(spec)
-    save_pretrained(model, tmp_path, bos=0, eos=1)
+    save_pretrained(model, tmp_path, bos=0, eos=[1], pad=1)
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     ids = random_ids(spec, batch=2)
@@ -95,7 +95,7 @@ def test_we_read_what_transformers_saved_and_compute_the_same_logits(
     assert ours.abs().max() > 0.5, "a comparison of nothing"
     torch.testing.assert_close(ours, other, atol=1e-4, rtol=0)
     # And back: the same weights under the same names, byte for byte.
-    save_pretrained(model, tmp_path / "again", bos=0, eos=1, dtype=dtype)
+    save_pretrained(model, tmp_path / "again", bos=0, eos=[1], pad=1, dtype=dtype)
     again = load_file(tmp_path / "again" / "model.safetensors")
     given: dict[str, torch.Tensor] = {}
     for shard in tmp_path.glob("model-*.safetensors"):
@@ -106,7 +106,7 @@ def test_we_read_what_transformers_saved_and_compute_the_same_logits(
 @each_spec
 def test_a_saved_model_comes_back_bit_for_bit(spec: ModelSpec, tmp_path: Path) -> None:
     model = random_model(spec)
-    save_pretrained(model, tmp_path, bos=0, eos=1)
+    save_pretrained(model, tmp_path, bos=0, eos=[1], pad=1)
     again = from_pretrained(tmp_path)
     assert read_spec(tmp_path) == spec == again.spec
     assert model.state_dict().keys() == again.state_dict().keys()
@@ -118,7 +118,7 @@ def test_a_saved_model_comes_back_bit_for_bit(spec: ModelSpec, tmp_path: Path) -
 @each_spec
 def test_a_model_is_read_in_the_asked_precision(spec: ModelSpec, tmp_path: Path) -> None:
     model, ids = random_model(spec), random_ids(spec, batch=2)
-    save_pretrained(model, tmp_path, bos=0, eos=1, dtype=torch.bfloat16)
+    save_pretrained(model, tmp_path, bos=0, eos=[1], pad=1, dtype=torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     halved = from_pretrained(tmp_path, torch.bfloat16)
     assert {p.dtype for p in halved.parameters()} == {torch.bfloat16}
@@ -173,7 +173,7 @@ def test_exported_weights_are_views_without_padding(spec: ModelSpec) -> None:
 def test_a_config_that_no_family_computes_is_refused(
     name: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    save_pretrained(random_model(SPECS[name]), tmp_path, bos=0, eos=1)
+    save_pretrained(random_model(SPECS[name]), tmp_path, bos=0, eos=[1], pad=1)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
@@ -182,7 +182,7 @@ def test_a_config_that_no_family_computes_is_refused(
 
 
 def test_a_rope_base_where_older_versions_wrote_it_is_read(tmp_path: Path) -> None:
-    save_pretrained(random_model(SPECS["llama"]), tmp_path, bos=0, eos=1)
+    save_pretrained(random_model(SPECS["llama"]), tmp_path, bos=0, eos=[1], pad=1)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | {"rope_theta": 500_000.0, "rope_scaling": None}
     del config["rope_parameters"]
@@ -207,9 +207,9 @@ def test_biases_are_what_the_config_says_and_never_guessed(tmp_path: Path) -> No
     """All at zero, they are biases still; and where there are none, others are no reason to drop them."""
     with_biases = build(SPECS["gpt2"])
     with_biases.init_weights(0)
-    save_pretrained(with_biases, tmp_path, bos=0, eos=1)
+    save_pretrained(with_biases, tmp_path, bos=0, eos=[1], pad=1)
     assert from_pretrained(tmp_path).spec.biases
-    save_pretrained(random_model(SPECS["gpt2, no biases"]), tmp_path, bos=0, eos=1)
+    save_pretrained(random_model(SPECS["gpt2, no biases"]), tmp_path, bos=0, eos=[1], pad=1)
     state = load_file(tmp_path / "model.safetensors")
     state["transformer.h.1.ln_2.bias"][3] = 1.0
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})

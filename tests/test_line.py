@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SEQUENCE_LEN
 from runs import Run, fathom
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,7 +79,7 @@ def test_transformers_reads_the_tokenizer(line: Run, stage: str) -> None:
     ours, theirs = Tokenizer.load(line.path / stage), AutoTokenizer.from_pretrained(line.path / stage)
     assert ours.vocab_size == len(theirs) == 512
     for text in [*documents(90, 20, 1), "Ünïcode, 中文 and 🙂\n\n  1234567 3.5\tdon't"]:
-        assert theirs.encode(text) == ours.encode(text)
+        assert theirs.encode(text) == [ours.bos, *ours.encode(text)]
         assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text)) == text
     assert [theirs.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS] == list(map(ours.special, SPECIAL_TOKENS))
 
@@ -91,6 +92,27 @@ def test_transformers_reads_the_model(line: Run, stage: str) -> None:
     with torch.no_grad():
         difference = (ours.logits(ids) - theirs(ids).logits).abs().max().item()
     assert difference < 1e-4
+
+
+@pytest.mark.parametrize("stage", ["base", "rl"])
+def test_transformers_generates_in_batches_and_stops_where_the_model_does(line: Run, stage: str) -> None:
+    ours = Tokenizer.load(line.path / stage)
+    tokenizer = AutoTokenizer.from_pretrained(line.path / stage)
+    model = AutoModelForCausalLM.from_pretrained(line.path / stage, dtype=torch.float32)
+    assert tokenizer.model_max_length == SEQUENCE_LEN
+    ends = [ours.bos] if stage == "base" else [ours.special("<|assistant_end|>"), ours.special("<|python_end|>")]
+    assert model.generation_config.eos_token_id == ends and tokenizer.eos_token_id == model.config.eos_token_id
+    assert ends[0] == tokenizer.eos_token_id
+    assert tokenizer.pad_token_id == model.generation_config.pad_token_id == model.config.pad_token_id
+    texts = [text[:length] for text, length in zip(documents(90, 4, 1), (5, 60, 20, 33), strict=True)]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    together = model.generate(**batch, max_new_tokens=40)[:, batch["input_ids"].shape[1] :].tolist()
+    for text, found in zip(texts, together, strict=True):
+        ids = torch.tensor([[ours.bos, *ours.encode(text)]])
+        [alone] = model.generate(ids, max_new_tokens=40)[:, ids.shape[1] :].tolist()
+        assert found[: len(alone)] == alone and set(found[len(alone) :]) <= {tokenizer.pad_token_id}
+        assert alone[-1] in ends or len(alone) == 40
+        assert not set(alone[:-1]) & set(ends)
 
 
 def test_what_was_asked_and_answered_is_kept(line: Run) -> None:

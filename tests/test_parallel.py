@@ -200,7 +200,7 @@ def test_a_sharded_model_is_the_same_when_no_rank_ever_has_the_whole(tmp_path: P
     for name, spec in FAMILIES.items():
         model = build(spec)
         model.init_weights(7)
-        save_pretrained(model, tmp_path / name, 0, 1)
+        save_pretrained(model, tmp_path / name, 0, [1], 1)
     mp.spawn(fills, args=(tmp_path,), nprocs=2)
 
 

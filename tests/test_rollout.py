@@ -3,8 +3,12 @@ hang, or compute with other weights than they should."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import runpy
 import signal
+import socket
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +19,8 @@ import numpy as np
 import pytest
 import ray
 import torch
+from openai import APIConnectionError, OpenAI
+from runs import ROOT, Command
 
 from cluster import manifest as manifests
 from cluster import runtime
@@ -25,9 +31,10 @@ from corpus.conversation import render, render_prompt
 from corpus.tokenizers import Tokenizer
 from models.build import build
 from models.generate import Completion, Turns, generate
-from models.hf import engine_state, save_pretrained
+from models.hf import engine_state
 from models.layers import LanguageModel
 from models.spec import ModelSpec
+from models.vllm_engine import CPU_ENV
 from stages import evaluate
 from stages.config import EvaluateConfig, RLConfig, TrainConfig
 from stages.context import StageContext
@@ -37,6 +44,7 @@ from stages.rl.stage import actors_for, work
 from stages.training.loop import accumulate_gradients
 from stages.training.optimizer import build_optimizer
 from stages.training.parallel import World
+from stages.training.state import export
 from tasks.base import NumberProblems, Problem, conversation_of
 from tasks.environments import EnvironmentFile
 
@@ -172,8 +180,7 @@ def taught(tokenizer: Tokenizer, spec: ModelSpec) -> LanguageModel:
 def directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, spec: ModelSpec) -> Iterator[Path]:
     """A saved model, and Ray."""
     path = tmp_path_factory.mktemp("model")
-    save_pretrained(random_model(spec, seed=0), path, tokenizer.bos, tokenizer.special("<|assistant_end|>"))
-    tokenizer.save(path)
+    export(random_model(spec, seed=0), tokenizer, path)
     runtime.connect()
     yield path
     ray.shutdown()
@@ -530,3 +537,50 @@ def test_an_actor_that_cannot_start_is_not_tried_again(directory: Path) -> None:
     with pool_of(directory / "missing", "torch") as pool, pytest.raises(ray.exceptions.ActorDiedError, match="missing"):
         pool.sample([[1]], [(0,)], 1, 4)
     assert pool.replaced == 0
+
+
+@pytest.fixture(scope="module")
+def api(taught: LanguageModel, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
+    """A client of vLLM's server, started as README says."""
+    path = tmp_path_factory.mktemp("served")
+    export(taught, tokenizer, path)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = ["--port", str(port), "--enable-auto-tool-choice", "--tool-call-parser", "fathom"]
+    options += ["--enforce-eager", "--kv-cache-memory-bytes", "64M"]
+    module = "vllm.entrypoints.openai.api_server"
+    server = Command(sys.executable, "-m", module, "--model", str(path), *options, **CPU_ENV)
+    client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+
+    def answers() -> bool:
+        with contextlib.suppress(APIConnectionError):
+            return bool(client.models.list().data)
+        return False
+
+    try:
+        assert server.until(answers, 300), server.output()
+        yield client
+    finally:
+        server.kill()
+
+
+def test_a_client_of_openais_api_answers_the_calls(api: OpenAI) -> None:
+    example = runpy.run_path(str(ROOT / "docs/examples/calculator_client.py"))
+    question = [{"role": "user", "content": PROBLEM.question}]
+    asked: dict[str, Any] = {"model": api.models.list().data[0].id, "messages": question, "temperature": 0}
+    call, result, end = example["answer"](api, question, temperature=0)
+    assert (call["content"], end["content"]) == ("So ", "408.\n#### 408")
+    assert call["tool_calls"][0]["function"] == {"name": "calculator", "arguments": '{"expression": "12*34"}'}
+    assert result == {"role": "tool", "tool_call_id": call["tool_calls"][0]["id"], "content": "408"}
+
+    stream = [c.choices[0] for c in api.chat.completions.create(**asked, tools=[example["CALCULATOR"]], stream=True)]
+    assert "".join(choice.delta.content or "" for choice in stream) == "So "
+    [[function]] = [[c.function for c in choice.delta.tool_calls] for choice in stream if choice.delta.tool_calls]
+    assert (function.name, function.arguments) == ("calculator", '{"expression": "12*34"}')
+    assert stream[-1].finish_reason == "tool_calls"
+
+    [alone] = api.chat.completions.create(**asked).choices
+    assert (alone.message.content, alone.finish_reason) == ("So 12*34", "stop"), "without tools the call is the end"
+    [cut] = api.chat.completions.create(**asked, tools=[example["CALCULATOR"]], max_tokens=3).choices
+    assert cut.finish_reason == "length" and not cut.message.tool_calls

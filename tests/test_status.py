@@ -42,7 +42,7 @@ def test_json_has_exactly_the_documented_shape(store: RunStore, capsys: pytest.C
     shown = json.loads(capsys.readouterr().out)
     assert set(shown) == {"run", "stages"} and shown["run"] == "r"
     assert [s["name"] for s in shown["stages"]] == stage_names(load_config("demo"))
-    assert all(set(s) == {"name", "state", "seconds", "metrics", "uri"} for s in shown["stages"])
+    assert all(set(s) == {"name", "state", "seconds", "metrics", "notes", "uri"} for s in shown["stages"])
     stages = {s["name"]: s for s in shown["stages"]}
     assert stages["tokenizer"]["state"] == "done" and stages["tokenizer"]["seconds"] == 65.4
     assert stages["base"]["state"] == "fresh" and stages["base"]["metrics"] == {"loss": 2.5}

@@ -279,6 +279,7 @@ def test_transformers_gives_the_same_ids(hf, text: str) -> None:
     tokenizer, theirs = hf
     ids = tokenizer.encode(text)
     assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ids
+    assert theirs.encode(text, split_special_tokens=True) == [tokenizer.bos, *ids], "a document begins with bos"
     assert theirs.decode(ids) == tokenizer.decode(ids)
 
 
@@ -310,6 +311,13 @@ def test_transformers_knows_the_special_tokens(hf) -> None:
     tokenizer, theirs = hf
     assert len(theirs) == tokenizer.vocab_size
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos, tokenizer.special("<|assistant_end|>"))
+    texts = ["Hello", "Hello world, hello"]
+    batch = theirs(texts, padding=True)
+    for text, ids, mask in zip(texts, batch["input_ids"], batch["attention_mask"], strict=True):
+        alone = [tokenizer.bos, *tokenizer.encode(text)]
+        assert ids == [theirs.pad_token_id] * (len(ids) - len(alone)) + alone
+        assert mask == [int(i >= len(ids) - len(alone)) for i in range(len(ids))]
+    assert theirs.pad_token_id not in (theirs.bos_token_id, theirs.eos_token_id), "a trainer would leave out the end"
     assert tokenizer.decode([tokenizer.bos]) == theirs.decode([tokenizer.bos]) == "<|bos|>"
 
 

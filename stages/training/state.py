@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 from cluster import manifest
 from cluster.manifest import Manifest
 from cluster.storage import DamagedError, FileEntry, Storage, StorageError
-from corpus.tokenizers import Tokenizer
+from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, PADDING, Tokenizer
 from models.build import build
 from models.hf import save_pretrained
 from models.layers import LanguageModel
@@ -92,13 +92,19 @@ def publish_model(
     whole = gathered(model, world)
     if whole is not None:
         directory = scratch / "artifact"
-        save_pretrained(whole, directory, tokenizer.bos, tokenizer.special("<|assistant_end|>"))
-        tokenizer.save(directory)
+        export(whole, tokenizer, directory, DOCUMENT_ENDS if context.stage == "base" else ANSWER_ENDS)
         reporter.write(directory / manifest.METRICS)
         if page is not None:
             page(directory / manifest.REPORT)
         context.publish(directory, reporter.latest(*SUMMARY), reporter.seconds)
     world.barrier()
+
+
+def export(model: LanguageModel, tokenizer: Tokenizer, directory: Path, ends: Sequence[str] = ANSWER_ENDS) -> None:
+    """Writes into `directory` what transformers and vLLM load; with any of the special tokens `ends` it stops."""
+    stops, pad = [tokenizer.special(name) for name in ends], tokenizer.special(PADDING)
+    save_pretrained(model, directory, tokenizer.bos, stops, pad)
+    tokenizer.save(directory, ends[0], model.spec.sequence_len)
 
 
 def gathered(model: LanguageModel, world: World) -> LanguageModel | None:
