@@ -59,15 +59,14 @@ class Progress:
     evaluations_since_best: int = 0
     evaluated_step: int = -1
 
-    def evaluated(self, value: float) -> float:
-        """Takes note of a validation at the present step; returns it. Weights that are not trained are never best."""
+    def evaluated(self, value: float) -> None:
+        """Takes note of a validation at the present step. Weights that are not trained are never best."""
         self.evaluated_step = self.step
         if self.step == 0:
-            return value
+            return
         self.evaluations_since_best += 1
         if value < self.best:
             self.best, self.best_step, self.evaluations_since_best = value, self.step, 0
-        return value
 
     def tensor(self) -> Tensor:
         return torch.tensor(astuple(self), dtype=torch.float64)
