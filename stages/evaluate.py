@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.resources import Devices
+from cluster.resources import Devices, resources
 from corpus.conversation import render_prompt
 from corpus.rows import Rows
 from corpus.tokenizers import Tokenizer
@@ -25,7 +25,7 @@ from stages import report
 from stages.config import EvaluateConfig
 from stages.context import StageContext
 from stages.growing import open_rows
-from stages.rl.rollout import RolloutPool, choose
+from stages.rl.rollout import Completions, RolloutPool, choose, reserved
 from stages.training.parallel import World, autocast
 from tasks.base import Environment, Problem
 from tasks.environments import EnvironmentFile, FileEnvironment
@@ -162,18 +162,24 @@ def measure_task(
     tokenizer, asked = Tokenizer.load(model), environment.problems("test")[: config.problems]
     problems = with_room(environment, asked, tokenizer, read_spec(model).sequence_len, context.note)
     world = World(0, 1, torch.device("cpu"), devices.threads(1))
-    engine, placement = choose(config.engine, "shared", devices, world.size)
-    with RolloutPool(
-        partial(context.fetch, source),
-        devices,
-        actors=1,
-        engine=engine,
-        placement=placement,
-        tools=environment.tools,
-        world=world,
-        timeout=config.call_timeout,
-        say=context.note,
-    ) as pool:
+    engine, _ = choose(config.engine, "split", devices, world.size)
+    gpus = min(devices.gpus, resources().gpus or 1)  # machines may have gone since the run began
+    actors = config.actors(gpus, devices.cpus)
+    with (
+        reserved(devices, actors) as places,
+        RolloutPool(
+            partial(context.fetch, source),
+            devices,
+            actors,
+            engine=engine,
+            placement="split",
+            places=places,
+            tools=environment.tools,
+            world=world,
+            timeout=config.call_timeout,
+            say=context.note,
+        ) as pool,
+    ):
         metrics, records = measure(pool, environment, problems, tokenizer, config, seed, world)
     return metrics | {"problems_left_out": len(asked) - len(problems)}, records
 
@@ -187,13 +193,17 @@ def measure(
     seed: int,
     world: World,
     greedy: bool = True,
+    on_the_way: Callable[[list[list[int]], Completions], dict[str, float]] | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Figures of the policy that `pool` samples from, over the first `config.problems` problems; every rank takes part.
 
-    pass_at_1 is of greedy completions, where these are asked for. Of `config.samples` at temperature 1 come
-    sampled_pass_at_1, pass_at_k and maj_at_k for k = 2, 4, ... and all; each has a 95% interval in _low and _high. What
-    the environment grades is in sampled_reward and so on. maj_at_k is left out where no completion has an answer.
-    Beside the figures, this rank's problems with their completions and grades.
+    `greedy` is the share that greedy completions solve, where these are asked for. Of `config.samples` at temperature 1
+    come pass_at_k for k = 1, 2, 4, ... and all, and maj_at_k for the same but 1; each share has a 95% interval in _low
+    and _high. What the environment grades is in sampled_reward and so on. maj_at_k is left out where no completion has
+    an answer. Beside the figures, this rank's problems with their completions and grades.
+
+    An evaluation on the way of RL gives `on_the_way`, what it has to say of prompts and samples itself. All other names
+    then begin with val_: they are of fewer problems and samples than what the evaluation stages say.
     """
     problems = problems[: config.problems]
     mine = list(world.slice(range(len(problems))))
@@ -210,8 +220,8 @@ def measure(
         }
         for i, firsts, samples in zip(mine, first, sampled, strict=True)
     ]
-    ks = sorted({2**i for i in range(1, config.samples.bit_length())} | {config.samples} - {1})
-    shares = ["pass_at_1"] * greedy + ["sampled_pass_at_1", *(f"{kind}_at_{k}" for kind in ("pass", "maj") for k in ks)]
+    ks = sorted({2**i for i in range(config.samples.bit_length())} | {config.samples})
+    shares = ["greedy"] * greedy + [*(f"pass_at_{k}" for k in ks), *(f"maj_at_{k}" for k in ks[1:])]
     grades = sorted(environment.grade(problems[0], ""))
     rows = torch.tensor([estimates(r, ks, grades) for r in records], dtype=torch.float64)
     means = world.gather(rows.view(len(mine), len(shares) + 1 + len(grades))).mean(0).tolist()
@@ -221,18 +231,21 @@ def measure(
         if not name.startswith("maj") or plain["sampled_answered"]:
             low, high = interval(mean, len(problems))
             metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-    return metrics | plain, records
+    metrics |= plain
+    if on_the_way is None:
+        return metrics, records
+    return {f"val_{name}": figure for name, figure in metrics.items()} | on_the_way(prompts, sampled), records
 
 
 def estimates(record: dict[str, Any], ks: list[int], grades: list[str]) -> list[float]:
-    """Of one problem: whether its greedy completion, if there is one, is right; of its samples pass@1, pass@k and maj@k
-    for all of `ks`, the share with an answer, and the mean of each of `grades`."""
+    """Of one problem: whether its greedy completion, if there is one, is right; of its samples pass@k for all of `ks`,
+    maj@k for all but the first, the share with an answer, and the mean of each of `grades`."""
     samples, answers = record["samples"], [s["answer"] for s in record["samples"]]
     right = [s["grades"]["reward"] >= 1 for s in samples]
     return [
         *(float(c["grades"]["reward"] >= 1) for c in record["greedy"]),
-        *(pass_at_k(len(right), sum(right), k) for k in (1, *ks)),
-        *(maj_at_k(answers, right, k) for k in ks),
+        *(pass_at_k(len(right), sum(right), k) for k in ks),
+        *(maj_at_k(answers, right, k) for k in ks[1:]),
         sum(a is not None for a in answers) / len(answers),
         *(sum(s["grades"][name] for s in samples) / len(samples) for name in grades),
     ]

@@ -101,8 +101,8 @@ def run(
     validate: Callable[[LanguageModel], float | dict[str, float]] = lambda _: math.nan,
     schedule: Schedule | None = None,
 ) -> tuple[LanguageModel, Reporter]:
-    """One attempt of a run whose stage lies at `path`; `validate` gives val_bpb. Raises Killed in the validation of step
-    `stop_at`."""
+    """One attempt of a run whose stage lies at `path`; `validate` gives val_bpb. Raises Killed in the validation of
+    step `stop_at`."""
     model = model or fresh_model()
     reporter = Reporter(Storage(path), STEPS, quiet=world.rank > 0, max_skipped=config.max_skipped)
     checkpoints = Checkpoints(stage(path), world, path.with_name(f"scratch-{world.rank}"), reporter, config.keep_last)
@@ -750,7 +750,6 @@ def test_bits_per_byte_of_what_is_learned_count_no_other_target(tmp_path: Path, 
     empty.close()
     learned, whole = bits_per_byte(model, Rows(tmp_path / "none"), token_bytes, ALONE, "fp32", 37)
     assert math.isnan(learned) and whole > 0
-
 
 
 def two_ranks(rank: int, path: Path) -> None:

@@ -41,8 +41,8 @@ def train(
     """Trains `model` in place to the end of `schedule`, going on from the newest checkpoint.
 
     Validation runs before step 0, every `eval_every` steps and at the end, always after the save of the same step. Of
-    the figures that `validate` gives, the first says which weights are best: those where it is lowest. Raises Stopped once `reporter.stop` is set, FloatingPointError after too many steps in a row
-    that are not finite.
+    the figures that `validate` gives, the first says which weights are best: those where it is lowest. Raises Stopped
+    once `reporter.stop` is set, FloatingPointError after too many steps in a row that are not finite.
     """
     assert config.total_batch_size is not None
     torch.set_num_threads(world.threads)
