@@ -223,8 +223,8 @@ def explained() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
 def explanations(stage: str, name: str, records: bool = False) -> list[str]:
     """Which entries there explain this figure of this stage: the one of that very name, else all that fit."""
     shown, recorded = explained()
-    table = recorded | shown if records else shown
-    fitting = [p for p, stages in table.items() if stage in stages and re.fullmatch(p, name)]
+    tables = (shown, recorded) if records else (shown,)
+    fitting = [p for t in tables for p, stages in t.items() if stage in stages and re.fullmatch(p, name)]
     return [p for p in fitting if p == name] or fitting
 
 
