@@ -171,7 +171,7 @@ def submit(
         overlap = config.ingest.overlap if config.ingest.overlap is not None else devices.kind == "cuda"
         if name == "base" and overlap and "ingest" in waits and may_begin_on_part(store):
             del waits["ingest"]
-        gpus = 1 if devices.kind == "cuda" and name.startswith("evaluate") else 0
+        gpus = 1 if devices.kind == "cuda" and name == "evaluate_base" else 0
         task = run_stage.options(name=f"stage:{name}", num_cpus=0, num_gpus=gpus, max_retries=0, runtime_env=env)
         references[name] = task.remote(name, config, devices, token, *waits.values())
     return references

@@ -426,9 +426,14 @@ def _hours(
     sampled = calibration.sampled if calibration else None
     if config.data.gsm8k != NONE:
         ask = config.evaluate
-        once = sampling_seconds(spec, gpus, layout.world, ask.problems * ask.samples, ask.max_new_tokens, sampled)
-        hours["evaluate"] = once * (3 if config.with_rl else 2) / SECONDS if once is not None else None
-        if once is None:
+        actors = ask.actors(gpus.count if gpus.hardware else 0, len(os.sched_getaffinity(0)))
+        both = [  # greedy completions, and then the samples
+            sampling_seconds(spec, gpus, actors, ask.problems * n, ask.max_new_tokens, sampled)
+            for n in (1, ask.samples)
+        ]
+        once = sum(seconds for seconds in both if seconds is not None)
+        hours["evaluate"] = once * (3 if config.with_rl else 2) / SECONDS if None not in both else None
+        if None in both:
             unknown.append("evaluate")
     if config.with_rl:
         rl = _rl_time(config, spec, gpus, layout, achieved, calibration)

@@ -292,6 +292,6 @@ def rl_time(
     tokens = sequences * (PROMPT_TOKENS + max_new_tokens)
     learner = tokens / (EAGER * achieved.tokens_per_second(spec, layout))
     sync = 4 * spec.parameters / SYNC_BYTES
-    passes = steps // eval_every if eval_every else 0
+    passes = math.ceil(steps / eval_every) + 1 if eval_every else 0
     evaluation = sampling_seconds(spec, gpus, layout.world, eval_samples, max_new_tokens, sampled) if passes else 0.0
     return RLTime(steps, rollout, learner, sync, passes * (evaluation or 0.0))

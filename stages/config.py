@@ -235,9 +235,11 @@ class TrainConfig(OptimizerConfig):
     eval_every: int = Field(250, ge=0, description="steps between validation passes; 0: only at the end")
     eval_rows: int = Field(512, ge=1, description="validation rows a pass")
     early_stopping: int = Field(
-        0, ge=0, description="stop after this many validations without a lower val_bpb; 0: never"
+        0, ge=0, description="stop after this many validations without fewer bits a byte of what is learned; 0: never"
     )
-    keep_best: bool = Field(False, description="the artifact has the weights of the lowest val_bpb, not the last")
+    keep_best: bool = Field(
+        False, description="the artifact has the weights with the fewest bits a byte in validation, not the last"
+    )
     save_every: int = environment(250, "steps between checkpoints", ge=1)
     save_minutes: float | None = environment(None, "minutes between checkpoints, besides save_every", gt=0)
     keep_last: int = environment(2, "checkpoints kept, besides the best", ge=1)
@@ -383,3 +385,7 @@ class EvaluateConfig(Section):
         "auto", description="what samples; auto: vllm where it is installed"
     )
     call_timeout: float = environment(3600.0, "seconds that sampling all problems may take", gt=0)
+
+    def actors(self, gpus: int, cpus: int) -> int:
+        """How many sample at once: one a GPU, or one for two cores, as the stage after trains on the others."""
+        return max(1, min(gpus or cpus // 2, self.problems))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.resources import Devices
+from cluster.resources import Devices, resources
 from corpus.conversation import render_prompt
 from corpus.rows import Rows
 from corpus.tokenizers import Tokenizer
@@ -25,7 +25,7 @@ from stages import report
 from stages.config import EvaluateConfig
 from stages.context import StageContext
 from stages.growing import open_rows
-from stages.rl.rollout import RolloutPool, choose
+from stages.rl.rollout import Completions, RolloutPool, choose, reserved
 from stages.training.parallel import World, autocast
 from tasks.base import Environment, Problem
 from tasks.environments import EnvironmentFile, FileEnvironment
@@ -45,27 +45,35 @@ def bits_per_byte(
     precision: str,
     limit: int,
     rows_at_once: int = ROWS_AT_ONCE,
-) -> float:
-    """Bits to code one byte of the text in the first `limit` rows: total nats / (ln 2 · total bytes).
+) -> tuple[float, float]:
+    """Bits to code one byte of the text in the first `limit` rows: total nats / (ln 2 · total bytes). The first figure
+    is of the targets that the loss counts, the second of all; they are one where rows have no mask.
 
     Comparable across tokenizers. Special tokens stand for no text and count neither above nor below.
     """
     sizes = torch.from_numpy(token_bytes).to(world.device)
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+    totals = torch.zeros(2, 2, dtype=torch.float64, device=world.device)  # (learned or all, nats or bytes)
     count = min(limit, rows.num_rows)
     mine = np.arange(count)[world.rank :: world.size]
     # every rank runs the model equally often, as sharded weights need, on rows that some of them do not count
     passes = math.ceil(math.ceil(count / world.size) / rows_at_once)
     for i in range(passes):
         chosen = mine[i * rows_at_once : (i + 1) * rows_at_once]
-        tokens = torch.from_numpy(rows.read(chosen if len(chosen) else np.zeros(1, dtype=int))[0]).to(world.device)
+        ids, mask = rows.read(chosen if len(chosen) else np.zeros(1, dtype=int))
+        tokens = torch.from_numpy(ids).to(world.device)
         with autocast(world.device, precision):
             losses = model(tokens[:, :-1], tokens[:, 1:])
         if len(chosen):
             size = sizes[tokens[:, 1:]]
-            totals += torch.stack(((losses * (size > 0)).double().sum(), size.double().sum()))
-    nats, size_sum = world.sum(totals).tolist()
-    return nats / (math.log(2) * size_sum) if size_sum else math.nan
+            learned = size if mask is None else size * torch.from_numpy(mask[:, 1:]).to(world.device)
+            for total, of in zip(totals, (learned, size), strict=True):
+                total += torch.stack(((losses * (of > 0)).double().sum(), of.double().sum()))
+    (learned_nats, learned_bytes), (nats, size_sum) = world.sum(totals).tolist()
+    return _bits(learned_nats, learned_bytes), _bits(nats, size_sum)
+
+
+def _bits(nats: float, size: float) -> float:
+    return nats / (math.log(2) * size) if size else math.nan
 
 
 @contextmanager
@@ -131,13 +139,14 @@ def run(
 
 
 def measure_text(context: StageContext, devices: Devices) -> dict[str, Any]:
-    """Validation bits per byte of the upstream model, over all held-out rows."""
+    """Bits per byte of the upstream model, over all held-out rows of the corpus."""
     torch.set_num_threads(devices.threads(1))
     world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), devices.threads(1))
     model = from_pretrained(context.fetch("base")).to(world.device)
     rows = open_rows(context, "base/val")
     token_bytes = np.load(context.fetch("tokenizer") / "token_bytes.npy")
-    return {"val_bpb": bits_per_byte(model, rows, token_bytes, world, "auto", rows.num_rows)}
+    _, of_all = bits_per_byte(model, rows, token_bytes, world, "auto", rows.num_rows)
+    return {"val_bpb_full": of_all}
 
 
 def measure_task(
@@ -153,18 +162,24 @@ def measure_task(
     tokenizer, asked = Tokenizer.load(model), environment.problems("test")[: config.problems]
     problems = with_room(environment, asked, tokenizer, read_spec(model).sequence_len, context.note)
     world = World(0, 1, torch.device("cpu"), devices.threads(1))
-    engine, placement = choose(config.engine, "shared", devices, world.size)
-    with RolloutPool(
-        partial(context.fetch, source),
-        devices,
-        actors=1,
-        engine=engine,
-        placement=placement,
-        tools=environment.tools,
-        world=world,
-        timeout=config.call_timeout,
-        say=context.note,
-    ) as pool:
+    engine, _ = choose(config.engine, "split", devices, world.size)
+    gpus = min(devices.gpus, resources().gpus or 1)  # machines may have gone since the run began
+    actors = config.actors(gpus, devices.cpus)
+    with (
+        reserved(devices, actors) as places,
+        RolloutPool(
+            partial(context.fetch, source),
+            devices,
+            actors,
+            engine=engine,
+            placement="split",
+            places=places,
+            tools=environment.tools,
+            world=world,
+            timeout=config.call_timeout,
+            say=context.note,
+        ) as pool,
+    ):
         metrics, records = measure(pool, environment, problems, tokenizer, config, seed, world)
     return metrics | {"problems_left_out": len(asked) - len(problems)}, records
 
@@ -178,13 +193,17 @@ def measure(
     seed: int,
     world: World,
     greedy: bool = True,
+    on_the_way: Callable[[list[list[int]], Completions], dict[str, float]] | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Figures of the policy that `pool` samples from, over the first `config.problems` problems; every rank takes part.
 
-    pass_at_1 is of greedy completions, where these are asked for. Of `config.samples` at temperature 1 come
-    sampled_pass_at_1, pass_at_k and maj_at_k for k = 2, 4, ... and all; each has a 95% interval in _low and _high. What
-    the environment grades is in sampled_reward and so on. maj_at_k is left out where no completion has an answer.
-    Beside the figures, this rank's problems with their completions and grades.
+    `greedy` is the share that greedy completions solve, where these are asked for. Of `config.samples` at temperature 1
+    come pass_at_k for k = 1, 2, 4, ... and all, and maj_at_k for the same but 1; each share has a 95% interval in _low
+    and _high. What the environment grades is in sampled_reward and so on. maj_at_k is left out where no completion has
+    an answer. Beside the figures, this rank's problems with their completions and grades.
+
+    An evaluation on the way of RL gives `on_the_way`, what it has to say of prompts and samples itself. All other names
+    then begin with val_: they are of fewer problems and samples than what the evaluation stages say.
     """
     problems = problems[: config.problems]
     mine = list(world.slice(range(len(problems))))
@@ -201,8 +220,8 @@ def measure(
         }
         for i, firsts, samples in zip(mine, first, sampled, strict=True)
     ]
-    ks = sorted({2**i for i in range(1, config.samples.bit_length())} | {config.samples} - {1})
-    shares = ["pass_at_1"] * greedy + ["sampled_pass_at_1", *(f"{kind}_at_{k}" for kind in ("pass", "maj") for k in ks)]
+    ks = sorted({2**i for i in range(config.samples.bit_length())} | {config.samples})
+    shares = ["greedy"] * greedy + [*(f"pass_at_{k}" for k in ks), *(f"maj_at_{k}" for k in ks[1:])]
     grades = sorted(environment.grade(problems[0], ""))
     rows = torch.tensor([estimates(r, ks, grades) for r in records], dtype=torch.float64)
     means = world.gather(rows.view(len(mine), len(shares) + 1 + len(grades))).mean(0).tolist()
@@ -212,18 +231,21 @@ def measure(
         if not name.startswith("maj") or plain["sampled_answered"]:
             low, high = interval(mean, len(problems))
             metrics |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-    return metrics | plain, records
+    metrics |= plain
+    if on_the_way is None:
+        return metrics, records
+    return {f"val_{name}": figure for name, figure in metrics.items()} | on_the_way(prompts, sampled), records
 
 
 def estimates(record: dict[str, Any], ks: list[int], grades: list[str]) -> list[float]:
-    """Of one problem: whether its greedy completion, if there is one, is right; of its samples pass@1, pass@k and maj@k
-    for all of `ks`, the share with an answer, and the mean of each of `grades`."""
+    """Of one problem: whether its greedy completion, if there is one, is right; of its samples pass@k for all of `ks`,
+    maj@k for all but the first, the share with an answer, and the mean of each of `grades`."""
     samples, answers = record["samples"], [s["answer"] for s in record["samples"]]
     right = [s["grades"]["reward"] >= 1 for s in samples]
     return [
         *(float(c["grades"]["reward"] >= 1) for c in record["greedy"]),
-        *(pass_at_k(len(right), sum(right), k) for k in (1, *ks)),
-        *(maj_at_k(answers, right, k) for k in ks),
+        *(pass_at_k(len(right), sum(right), k) for k in ks),
+        *(maj_at_k(answers, right, k) for k in ks[1:]),
         sum(a is not None for a in answers) / len(answers),
         *(sum(s["grades"][name] for s in samples) / len(samples) for name in grades),
     ]

@@ -13,13 +13,14 @@ import numpy as np
 
 # title, unit, names of the metrics: a panel is drawn where the records have one of them
 PANELS = (
-    ("Held-out problems, with 95% intervals", "share solved", r"(sampled_)?pass_at_\d+|maj_at_\d+"),
+    ("Held-out problems, with 95% intervals", "share solved", r"val_(greedy|(pass|maj)_at_\d+)"),
     ("Reward of the training samples", "mean reward", r"reward(_(?!group|ms)\w+)?"),
     ("Reward by prompt", "mean reward of a prompt", r"reward_group_(min|max|std)"),
     ("Groups to learn from, and completions that ended", "share", r"mixed_groups|finished"),
     ("Length of completions", "tokens", r"completion_tokens(_max)?"),
     ("Entropy of the policy", "nats a token", r"entropy"),
-    ("KL divergence", "nats a token", r"(reference_)?kl"),
+    ("Divergence from the SFT model", "nats a token", r"kl_(sft|penalty)"),
+    ("Sampler against trainer: divergence", "nats a token", r"kl_sampler"),
     ("Sampler against trainer: |difference of logprobs|", "nats a token", r"logprob_difference(_max)?"),
     ("Importance ratio", "trainer / sampler", r"ratio_(mean|max)"),
     ("Tokens whose gradient is clipped", "share", r"clip_share"),
@@ -27,7 +28,7 @@ PANELS = (
     ("Where a step's time goes", "seconds", r"\w+_ms"),
     ("Throughput", "tokens a second", r"tokens_per_second"),
 )
-LOGARITHMIC = r"logprob_difference(_max)?|(reference_)?kl"
+LOGARITHMIC = r"logprob_difference(_max)?|kl_sampler"
 COLUMNS, PANEL_INCHES = 2, (6.4, 3.2)
 SMOOTH_FROM = 40  # points: from here on the mean of neighbours, a tenth of them, is drawn over the points themselves
 

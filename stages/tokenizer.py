@@ -17,7 +17,7 @@ def run(
     context: StageContext, data: DataConfig, config: TokenizerConfig, shard_bytes: int, vocab_size: int, seed: int
 ) -> None:
     began = time.monotonic()
-    read = {"documents": 0, "characters": 0}
+    read = {"documents_read": 0, "characters_read": 0}
 
     def texts() -> Iterator[str]:
         for shard in corpus_shards(data, shard_bytes, seed):
@@ -28,16 +28,16 @@ def run(
                 if choice.takes(document):
                     continue
                 text = document.text[:most]
-                read["documents"] += 1
-                read["characters"] += len(text)
+                read["documents_read"] += 1
+                read["characters_read"] += len(text)
                 yield text
-                if read["characters"] >= config.max_chars:
+                if read["characters_read"] >= config.max_chars:
                     return
 
     tokenizer: Tokenizer
     if config.source == "bpe":
         tokenizer = Tokenizer.train(texts(), vocab_size)
-        if not read["documents"]:
+        if not read["documents_read"]:
             raise ValueError(f"corpus {data.corpus!r} holds no documents: every text in it was rejected")
     else:
         tokenizer = Tokenizer.open(config.source, config.alphabet)

@@ -25,6 +25,9 @@ from stages.training.schedule import Schedule
 from stages.training.state import Checkpoints, publish_model, scratch_bytes
 
 WEIGHTS_FROM = {"base": None, "mid": "base", "sft": "mid"}
+# What the validation of each is called: bits a byte of the targets that the loss counts, and of all where SFT learns
+# only some. Each is of another text, so none may be taken for another's.
+VALIDATED = {"base": ("val_bpb",), "mid": ("val_bpb_mid",), "sft": ("val_bpb_sft", "val_bpb_sft_whole")}
 
 
 def run(
@@ -61,9 +64,10 @@ def work(arguments: dict[str, Any]) -> None:
     model = initial_model(context, arguments["shape"], tokenizer.vocab_size, seed, device)
     schedule = schedule_of(config, rows, world)
 
-    def validate(model: LanguageModel) -> float:
-        size = config.device_batch_size
-        return bits_per_byte(model, held_out, tokenizer.token_bytes, world, config.precision, config.eval_rows, size)
+    def validate(model: LanguageModel) -> dict[str, float]:
+        size, limit = config.device_batch_size, config.eval_rows
+        figures = bits_per_byte(model, held_out, tokenizer.token_bytes, world, config.precision, limit, size)
+        return dict(zip(VALIDATED[context.stage], figures, strict=False))
 
     reporter = Reporter(context.storage, schedule.steps, world.rank > 0, schedule.seconds, config.max_skipped)
     with context.scratch(scratch_bytes(model, world)) as scratch:

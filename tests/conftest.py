@@ -28,6 +28,7 @@ SETTINGS = {
     "rl.prompts_per_step": 16,  # four steps see all problems
     "rl.samples_per_prompt": 4,
     "rl.save_every": 1,
+    "rl.eval_problems": 8,
     "evaluate.problems": 8,
     "evaluate.samples": 2,
 }

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -200,6 +201,31 @@ class Run:
         for stage in stages:
             shutil.copytree(self.path / stage, copy.path / stage)
         return copy
+
+
+@functools.lru_cache
+def explained() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """The figures of docs/metrics.md as regular expressions, each with its stages: what status shows, and what only the
+    records have."""
+    shown, recorded = (ROOT / "docs/metrics.md").read_text().split("## In `metrics.jsonl`")
+    tables: list[dict[str, set[str]]] = []
+    for part in (shown, recorded):
+        tables.append({})
+        for names, stages, sentence in re.findall(r"^\| (`.*?) \| (.*?) \| (.+?) \|$", part, re.MULTILINE):
+            assert sentence.count(" ") > 2, sentence
+            for name in re.findall(r"`(.+?)`", names):
+                pattern = re.sub(r"_k$", r"_\\d+", name.replace("...", r"\w+"))
+                assert pattern not in tables[-1], f"{name} is explained twice"
+                tables[-1][pattern] = set(stages.split(", "))
+    return tables[0], tables[1]
+
+
+def explanations(stage: str, name: str, records: bool = False) -> list[str]:
+    """Which entries there explain this figure of this stage: the one of that very name, else all that fit."""
+    shown, recorded = explained()
+    tables = (shown, recorded) if records else (shown,)
+    fitting = [p for t in tables for p, stages in t.items() if stage in stages and re.fullmatch(p, name)]
+    return [p for p in fitting if p == name] or fitting
 
 
 def kill_at_checkpoint(run: Run, stage: str, *more: str, seconds: float = 400) -> int:

@@ -447,12 +447,14 @@ def test_of_a_document_the_tokenizer_sees_so_many_characters(tmp_path: Path) -> 
         return Tokenizer.load(manifests.fetch(context.storage)), manifest.metrics
 
     (short, few), (whole, all_) = trained(100), trained(10_000)
-    assert few["documents"] == all_["documents"] > 20
-    assert few["characters"] == 100 * few["documents"] and all_["characters"] == 520 * few["documents"]
+    assert few["documents_read"] == all_["documents_read"] > 20
+    assert (
+        few["characters_read"] == 100 * few["documents_read"] and all_["characters_read"] == 520 * few["documents_read"]
+    )
     assert trained(100, 1_000_000)[1] == all_
     assert len(whole.encode(" zyx")) == 1 < len(short.encode(" zyx"))
     _, less = trained(100, 1_000)
-    assert 1_000 <= less["characters"] < 1_100
+    assert 1_000 <= less["characters_read"] < 1_100
 
 
 def test_status_needs_no_file_that_a_run_was_made_from(tmp_path: Path) -> None:

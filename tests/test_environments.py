@@ -366,5 +366,5 @@ def test_problems_without_room_for_an_answer_are_neither_trained_on_nor_measured
     left = metrics["evaluate_sft"]["problems"]
     assert 4 <= left == 16 - metrics["evaluate_sft"]["problems_left_out"] < 16
     records = run.records("rl")
-    assert {record["problems"] for record in records if "problems" in record} == {left}
+    assert {record["val_problems"] for record in records if "val_problems" in record} == {left}
     assert len([record for record in records if "reward" in record]) == left // 2

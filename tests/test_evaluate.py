@@ -152,16 +152,17 @@ def test_the_figures_are_those_of_the_completions() -> None:
     samples = [s for r in records for s in r["samples"]]
     assert len({s["text"] for s in samples}) > 20 and {s["finished"] for s in samples} == {True, False}
     solved = [[s["grades"]["reward"] >= 1 for s in r["samples"]] for r in records]
-    assert 0 < metrics["sampled_pass_at_1"] == pytest.approx(statistics.mean(x for row in solved for x in row))
+    assert metrics["greedy"] == statistics.mean(c["grades"]["reward"] >= 1 for r in records for c in r["greedy"])
+    assert 0 < metrics["pass_at_1"] == pytest.approx(statistics.mean(x for row in solved for x in row))
     assert metrics["pass_at_5"] == pytest.approx(statistics.mean(map(any, solved)))
-    assert metrics["sampled_pass_at_1"] < metrics["pass_at_2"] < metrics["pass_at_4"] < metrics["pass_at_5"]
+    assert metrics["pass_at_1"] < metrics["pass_at_2"] < metrics["pass_at_4"] < metrics["pass_at_5"]
     votes = [maj_at_k([s["answer"] for s in r["samples"]], row, 5) for r, row in zip(records, solved, strict=True)]
     assert metrics["maj_at_5"] == pytest.approx(statistics.mean(votes))
     assert metrics["sampled_reward"] == pytest.approx(statistics.mean(s["grades"]["reward"] for s in samples))
     assert metrics["sampled_long"] == pytest.approx(statistics.mean(s["grades"]["long"] for s in samples))
     assert metrics["sampled_answered"] == pytest.approx(statistics.mean(s["answer"] is not None for s in samples))
-    shares = [n for n in metrics if re.fullmatch(r"(sampled_)?pass_at_\d+|maj_at_\d+", n)]
-    assert len(shares) == 2 + 3 + 3
+    shares = [n for n in metrics if re.fullmatch(r"greedy|(pass|maj)_at_\d+", n)]
+    assert len(shares) == 1 + 4 + 3
     for name in shares:
         assert (metrics[f"{name}_low"], metrics[f"{name}_high"]) == interval(metrics[name], 7)
 
@@ -169,7 +170,7 @@ def test_the_figures_are_those_of_the_completions() -> None:
 def test_without_greedy_completions_only_their_figure_is_missing() -> None:
     whole, _ = measured(ALONE)
     part, records = measured(ALONE, greedy=False)
-    assert part == {n: value for n, value in whole.items() if not n.startswith("pass_at_1")}
+    assert part == {n: value for n, value in whole.items() if not n.startswith("greedy")}
     assert all(r["greedy"] == [] for r in records)
 
 
@@ -237,7 +238,8 @@ def steps(count: int) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for step in range(count):
         if step % 10 == 0:
-            records.append({"step": step, "pass_at_4": 0.5, "pass_at_4_low": 0.4, "pass_at_4_high": 0.6})
+            name = "val_pass_at_4"
+            records.append({"step": step, name: 0.5, f"{name}_low": 0.4, f"{name}_high": 0.6, "kl_sft": 0.1})
         records.append({"step": step} | {name: rng.random() for name in every})
     return records
 
@@ -252,9 +254,9 @@ def test_the_plots_have_titles_axes_and_the_names_of_their_curves(tmp_path: Path
     report.plots(steps(count), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     said = texts(page)
-    titles = ["Reward of the training samples", "Entropy of the policy", "Where a step's time goes"]
+    titles = ["Reward of the training samples", "Entropy of the policy", "Divergence from the SFT model"]
     assert all(title in said for title in titles)
-    assert said.count("step") == 6, "a panel for each, and none for what was not recorded"
+    assert said.count("step") == 7, "a panel for each, and none for what was not recorded"
     assert "Throughput" not in said and "Importance ratio" not in said
     assert {"nats a token", "seconds", "share solved"} <= set(said)
     assert {"reward", "reward_lenient", "rollout", "train"} <= set(said)

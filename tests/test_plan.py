@@ -215,6 +215,18 @@ def test_rl_takes_longer_with_more_samples_tokens_and_evaluations() -> None:
     assert slow["rollout_seconds"] == pytest.approx(16 * 16 / 8 * 256 / 1_000)
 
 
+def test_evaluations_ask_greedily_and_sample_on_all_there_is() -> None:
+    config = load_config(flags={"with_rl": True, "workers": 4})
+    ask, measured = config.evaluate, Calibration((Point(Work(1e9, 1e6), 1e-5, compiled=True),), sampled=1_000.0)
+    for gpus, actors in (("4xH100", 4), ("8xH100", 8), ("cpu", max(1, len(os.sched_getaffinity(0)) // 2))):
+        assert actors == ask.actors(8 if gpus == "8xH100" else 4 if gpus == "4xH100" else 0, 2 * actors)
+        hours = plan.plan(config, parse_gpus(gpus), calibration=measured)["hours"]["evaluate"]
+        completions = math.ceil(ask.problems / actors) + math.ceil(ask.problems * ask.samples / actors)
+        assert hours == pytest.approx(3 * completions * ask.max_new_tokens / 1_000 / 3600)
+    assert [ask.actors(0, cpus) for cpus in (1, 2, 3, 4, 16)] == [1, 1, 1, 2, 8]
+    assert ask.model_copy(update={"problems": 3}).actors(8, 0) == 3, "none would have nothing to ask"
+
+
 def test_measurements_replace_the_usual_speed(tmp_path: Path) -> None:
     config = at_depth(4)
     setting = {"device_batch_size": 1, "grad_accum_steps": 256, "checkpointing": "none"}

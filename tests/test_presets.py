@@ -318,7 +318,7 @@ def test_smoke_trains_ten_steps_of_every_family(family: Family, text_rows: Rows,
     schedule = schedule_of(config.base, text_rows, world)
     reporter = Reporter(context.storage, schedule.steps)
     checkpoints = Checkpoints(context, world, tmp_path / "scratch", reporter, config.base.keep_last)
-    train(model, text_rows, config.base, schedule, 0, world, checkpoints, reporter, lambda _: math.nan)
+    train(model, text_rows, config.base, schedule, 0, world, checkpoints, reporter, lambda _: {"val_bpb": math.nan})
     reporter.close()
     losses = [record["loss"] for record in reporter.records if "loss" in record]
     assert len(losses) == 10 and losses[-1] < losses[0] < 1.1 * math.log(512)

@@ -280,7 +280,7 @@ def test_the_learners_gradient_is_that_of_the_formula() -> None:
     for name, values in {
         "logprob_difference": np.abs(moved),
         "ratio_mean": np.exp(moved),
-        "kl": np.expm1(moved) - moved,
+        "kl_sampler": np.expm1(moved) - moved,
     }.items():
         assert metrics[name] == pytest.approx(np.mean(values), abs=1e-5), name
     assert metrics["logprob_difference_max"] == pytest.approx(np.max(np.abs(moved)), abs=1e-5)

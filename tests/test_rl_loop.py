@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from models.spec import ModelSpec
 from stages.config import RLConfig
 from stages.context import StageContext, Stopped
 from stages.rl.groups import Group, NoSignal, rewards_of
+from stages.rl.learner import divergence
 from stages.rl.loop import reinforce
 from stages.rl.rollout import turns_of
 from stages.training.metrics import Reporter
@@ -131,6 +134,15 @@ def fresh_model(seed: int = 0) -> LanguageModel:
     return model
 
 
+def random_model(seed: int) -> LanguageModel:
+    """One whose head is not zero, as that of a fresh one is."""
+    model, generator = build(SPEC), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / p.size(-1) ** 0.5)
+    return model
+
+
 def attempt(
     path: Path,
     settings: Mapping[str, Any] | None = None,
@@ -148,7 +160,7 @@ def attempt(
     problems = environment.problems("train")
     try:
         reinforce(
-            model, TOKENIZER, environment, problems, problems[:3], config, steps, seed, world,
+            model, fresh_model, TOKENIZER, environment, problems, problems[:3], config, steps, seed, world,
             pool or Here(), checkpoints, reporter,  # type: ignore[arg-type]
         )  # fmt: skip
     except Killed:
@@ -174,8 +186,37 @@ def test_a_run_killed_anywhere_goes_on_bit_for_bit(tmp_path: Path, settings: dic
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), whole.parameters(), strict=True))
     if settings:
         assert "best_step" in records[-1]
-        apart = [record["reference_kl"] for record in records if "reference_kl" in record]
-        assert 0 < apart[0] < apart[-1], "the reference is the model that the stage began with"
+        penalty, apart = ([record[name] for record in records if name in record] for name in ("kl_penalty", "kl_sft"))
+        assert 0 < penalty[0] < penalty[-1], "the reference is the model that the stage began with"
+        assert [round(value, 6) for value in apart[:1]] == [0] and apart[-1] > 1e-4 and len(apart) == 4
+
+
+def test_the_divergence_from_the_sft_model_is_measured_at_evaluations(tmp_path: Path) -> None:
+    """It needs no reference beside the learner, also after a restart, and is that of all that was sampled."""
+    settings: dict[str, Any] = {"eval_every": 2, "eval_problems": 3, "eval_samples": 2}
+    _, records = attempt(tmp_path / "whole", settings)
+    far = [record["kl_sft"] for record in records if "kl_sft" in record]
+    assert far[0] < 1e-6 and far[-1] > 1e-3 and len(far) == 4
+    assert not any("kl_penalty" in record for record in records)
+    with pytest.raises(Killed):
+        attempt(tmp_path / "broken", settings, Digits(killed_at=60))
+    _, resumed = attempt(tmp_path / "broken", settings)
+    assert [record["kl_sft"] for record in resumed if "kl_sft" in record] == far
+
+    model, before, pool = random_model(2), random_model(3), Here()
+    pool.model = model
+    prompts = [[1, 2, 3], [4, 5]]
+    groups = pool.sample(prompts, [(0,), (1,)], 3, 12)
+    apart = []
+    for prompt, completion in ((p, c) for p, group in zip(prompts, groups, strict=True) for c in group):
+        ids = torch.tensor([prompt + completion.tokens])
+        with torch.no_grad():
+            p, q = (m.logits(ids[:, :-1])[0].log_softmax(-1) for m in (model, before))
+        places = [(len(prompt) + t - 1, token) for t, token in enumerate(completion.tokens)]
+        apart += [math.exp(q[at] - p[at]) - 1 - (q[at] - p[at]).item() for at in places]
+    assert statistics.mean(apart) > 0.01
+    for size in (1, 16):
+        assert divergence(before, prompts, groups, size, ALONE) == pytest.approx(statistics.mean(apart), rel=1e-4)
 
 
 def test_what_was_sampled_ahead_lies_in_the_checkpoint(tmp_path: Path) -> None:
@@ -195,7 +236,7 @@ def test_the_checkpoint_of_the_best_step_is_kept(tmp_path: Path, monkeypatch: py
     scores = iter([0.9, 0.2, 0.6, 0.5, 0.4, 0.3])  # of the model before the first step, which is none of RL's, and on
 
     def scripted(*_: Any, **__: Any) -> tuple[dict[str, float], list[Any]]:
-        return {"sampled_pass_at_1": next(scores)}, []
+        return {"val_pass_at_1": next(scores)}, []
 
     monkeypatch.setattr("stages.rl.loop.measure", scripted)
     _, records = attempt(tmp_path / "run", {"eval_every": 1, "keep_last": 1, "save_every": 100})
@@ -210,7 +251,7 @@ def test_overlap_samples_each_step_with_the_weights_of_the_step_before(tmp_path:
     assert records[0]["ratio_max"] == pytest.approx(1, abs=1e-4) and records[1]["ratio_max"] > 1.001
     _, records = attempt(tmp_path / "plain", many, pool=(pool := Here()))
     assert pool.started == [(version, 4) for version in range(STEPS)]
-    assert all(record["kl"] < 1e-8 and abs(record["ratio_max"] - 1) < 1e-4 for record in records)
+    assert all(record["kl_sampler"] < 1e-8 and abs(record["ratio_max"] - 1) < 1e-4 for record in records)
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
@@ -370,7 +411,7 @@ def test_the_learner_and_vllm_agree_on_every_token_of_every_step(line: Run) -> N
     for record in records:
         if record["trained_tokens"]:
             assert record["logprob_difference_max"] < 1e-4 and abs(record["ratio_max"] - 1) < 1e-4
-            assert record["kl"] < 1e-8 and record["clip_share"] == 0
+            assert record["kl_sampler"] < 1e-8 and record["clip_share"] == 0
 
 
 def test_rl_recovers_from_a_lost_learner_a_dead_actor_and_one_that_hangs(line: Run, tmp_path: Path) -> None:
@@ -399,7 +440,7 @@ def test_rl_recovers_from_a_lost_learner_a_dead_actor_and_one_that_hangs(line: R
     assert not result.left_behind
     assert not learner.is_running() and not dead.is_running() and not hung.is_running()
     records, undisturbed = run.lasting("rl"), line.lasting("rl")
-    replaced = [record.pop("actors_replaced") for record in records]
+    replaced = [record.pop("actors_replaced") for record in records if "reward" in record]
     assert replaced[0] == 0 and replaced[-1] == 2
     assert records == [{k: v for k, v in record.items() if k != "actors_replaced"} for record in undisturbed]
     weights = "rl/model.safetensors"

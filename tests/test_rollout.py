@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import pytest
 import ray
 import torch
 from openai import APIConnectionError, OpenAI
-from runs import ROOT, Command
+from runs import ROOT, Command, environment
 
 from cluster import manifest as manifests
 from cluster import runtime
@@ -38,6 +39,7 @@ from models.vllm_engine import CPU_ENV
 from stages import evaluate
 from stages.config import EvaluateConfig, RLConfig, TrainConfig
 from stages.context import StageContext
+from stages.evaluate import measure_task
 from stages.rl.learner import collate, update
 from stages.rl.rollout import RolloutPool
 from stages.rl.stage import actors_for, work
@@ -45,6 +47,7 @@ from stages.training.loop import accumulate_gradients
 from stages.training.optimizer import build_optimizer
 from stages.training.parallel import World
 from stages.training.state import export
+from tasks.arithmetic import Arithmetic
 from tasks.base import NumberProblems, Problem, conversation_of
 from tasks.environments import EnvironmentFile
 
@@ -115,6 +118,73 @@ def test_tokens_are_drawn_as_often_as_the_model_says() -> None:
     counts = np.bincount([c.tokens[0] for c in group], minlength=len(expected))
     # each count is binomial; 50 of them all lie within 5 deviations but once in 50,000 runs
     assert (np.abs(counts - 4000 * expected) < 5 * np.sqrt(4000 * expected) + 1).all()
+
+
+# --- where evaluation samples -----------------------------------------------------------------------------------------
+
+
+GPUS_TOGETHER = """
+import threading, time, ray
+from cluster.resources import Devices
+from stages.rl.rollout import reserved
+
+@ray.remote(num_cpus=0, num_gpus=1)
+class Holder:
+    def gpus(self):
+        return ray.get_gpu_ids()
+
+def free():
+    return ray.available_resources().get("GPU", 0)
+
+def evaluate():
+    with reserved(Devices("cuda", 2, 1), 2) as places:
+        own = [Holder.options(scheduling_strategy=places).remote() for _ in range(2)]
+        found.extend(sorted(gpu for actor in own for gpu in ray.get(actor.gpus.remote())))
+
+ray.init(num_cpus=1, num_gpus=2, include_dashboard=False, log_to_driver=False)
+found, other = [], Holder.remote()
+ray.get(other.gpus.remote())
+thread = threading.Thread(target=evaluate)
+thread.start()
+time.sleep(2)
+assert free() == 1 and not found, "it holds a GPU and waits for another"
+ray.kill(other)
+thread.join(60)
+assert found == [0, 1], found
+deadline = time.monotonic() + 30
+while free() != 2:
+    assert time.monotonic() < deadline, "what it had is not given back"
+    time.sleep(0.1)
+"""
+
+
+def test_evaluation_takes_all_gpus_or_none_and_gives_them_back() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GPUS_TOGETHER], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_evaluation_says_the_same_of_any_number_of_actors(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    class Counted(RolloutPool):
+        def __init__(self, fetch: Any, devices: Devices, actors: int, **more: Any) -> None:
+            counts.append(actors)
+            super().__init__(fetch, devices, actors, **more)
+
+    monkeypatch.setattr("stages.evaluate.RolloutPool", Counted)
+    made = Storage(tmp_path / "sft")
+    StageContext("test", "sft", made, {}, {}, {}).publish(directory, {}, 0.0)
+    context = StageContext("test", "evaluate_sft", Storage(tmp_path / "evaluate_sft"), {"sft": made}, {}, {})
+    config = EvaluateConfig(problems=5, samples=3, max_new_tokens=24, engine="torch")
+    one, three = (
+        measure_task(context, "sft", Arithmetic(8, 8), config, 0, Devices("cpu", 0, cores)) for cores in (2, 6)
+    )
+    assert counts == [1, 3] and one == three
+    assert len({s["text"] for record in one[1] for s in record["samples"]}) > 10
 
 
 # --- pools of one actor, of either engine ---------------------------------------------------------------------------

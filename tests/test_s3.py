@@ -221,12 +221,12 @@ def attempt(storage: Storage, path: Path, world: World, stop_at: int | None = No
             raise Killed
         return progress
 
-    def validate(_: Any) -> float:
+    def validate(_: Any) -> dict[str, float]:
         if validated["times"] * CONFIG.eval_every == stop_at:
             checkpoints.wait()
             raise Killed
         validated["times"] += 1
-        return math.nan
+        return {"val_bpb": math.nan}
 
     checkpoints.restore = restored  # type: ignore[method-assign]
     schedule = Schedule(STEPS, warmup_ratio=CONFIG.warmup_ratio, warmdown_ratio=CONFIG.warmdown_ratio)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from runs import explanations
 
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
@@ -21,6 +22,8 @@ from pipeline import cli, status, tracking
 from pipeline.artifacts import RunStore
 from pipeline.config import identity_of, load_config, stage_names
 from pipeline.tracking import LiveView, duration, key_metrics
+from stages.train import VALIDATED
+from stages.training.metrics import SUMMARY
 
 
 @pytest.fixture
@@ -119,8 +122,25 @@ def test_a_terminal_gets_a_live_table_with_the_time_left(store: RunStore) -> Non
 
 def test_figures_for_people() -> None:
     assert [duration(s) for s in (None, 8.2, 185, 7620)] == ["", "8s", "3m05s", "2h07m"]
-    metrics = {"steps": 300, "tokens_per_second": 51234.5, "val_bpb": 1.23456, "note": "x", "pass@1": 0.5}
-    assert key_metrics(metrics, most=3) == "val_bpb 1.235  pass@1 0.5  tokens_per_second 51,234"
+    metrics = {"steps": 300, "tokens_per_second": 51234.5, "val_bpb": 1.23456, "note": "x", "pass_at_1": 0.5}
+    assert key_metrics(metrics, most=3) == "val_bpb 1.235  pass_at_1 0.5  tokens_per_second 51,234"
+
+
+def test_every_figure_that_is_shown_while_a_stage_trains_is_explained() -> None:
+    """One that a run shows only when it is done: test_line.py."""
+    stages = ("base", "mid", "sft", "rl")
+    assert all(any(explanations(stage, name) for stage in stages) for name in SUMMARY)
+    assert all(explanations(stage, name) for stage, names in VALIDATED.items() for name in names)
+    assert all(explanations("ingest", name) for name in ("tokens", "tokens_per_second"))
+    assert not explanations("evaluate_base", "val_bpb") and not explanations("evaluate_rl", "kl_sft")
+
+
+def test_the_greedy_share_stands_apart_from_those_of_samples() -> None:
+    shares = {f"pass_at_{k}": 0.1 * k for k in (1, 2, 4, 8)}
+    metrics = {"problems": 200, **shares, "maj_at_2": 0.1, "greedy": 0.52, "greedy_low": 0.4, "greedy_high": 0.6}
+    assert key_metrics(metrics) == "greedy 0.52  pass_at_1 0.1  pass_at_2 0.2  pass_at_4 0.4"
+    metrics = {"reward": 0.5, "val_greedy": 0.1, "val_pass_at_1": 0.2, "kl_sft": 0.03, "tokens_per_second": 9.0}
+    assert key_metrics(metrics) == "reward 0.5  val_pass_at_1 0.2  kl_sft 0.03  tokens_per_second 9"
 
 
 VALUES = st.recursive(

@@ -98,21 +98,23 @@ def run(
     world: World = ALONE,
     stop_at: int | None = None,
     model: LanguageModel | None = None,
-    validate: Callable[[LanguageModel], float] = lambda _: math.nan,
+    validate: Callable[[LanguageModel], float | dict[str, float]] = lambda _: math.nan,
     schedule: Schedule | None = None,
 ) -> tuple[LanguageModel, Reporter]:
-    """One attempt of a run whose stage lies at `path`. Raises Killed in the validation of step `stop_at`."""
+    """One attempt of a run whose stage lies at `path`; `validate` gives val_bpb. Raises Killed in the validation of
+    step `stop_at`."""
     model = model or fresh_model()
     reporter = Reporter(Storage(path), STEPS, quiet=world.rank > 0, max_skipped=config.max_skipped)
     checkpoints = Checkpoints(stage(path), world, path.with_name(f"scratch-{world.rank}"), reporter, config.keep_last)
     validations: list[int] = []
 
-    def count(model: LanguageModel) -> float:
+    def count(model: LanguageModel) -> dict[str, float]:
         validations.append(len(validations) * config.eval_every)
         if validations[-1] == stop_at:
             checkpoints.wait()
             raise Killed
-        return validate(model)
+        found = validate(model)
+        return found if isinstance(found, dict) else {"val_bpb": found}
 
     schedule = schedule or Schedule(
         STEPS, warmup_ratio=config.warmup_ratio, warmdown_ratio=config.warmdown_ratio, shape=config.schedule or "wsd"
@@ -569,6 +571,17 @@ def test_early_stopping_ends_the_run_and_the_best_weights_are_kept(rows: Rows, t
     assert [step for step, _ in manifest.checkpoints(Storage(tmp_path / "run"))] == [2, 5]
 
 
+def test_the_first_figure_of_a_validation_says_when_to_stop_and_what_is_best(rows: Rows, tmp_path: Path) -> None:
+    learned, whole = iter([5.0, 4.0, 3.0, 3.5, 3.2]), iter([9.0, 8.0, 7.0, 6.0, 5.0])
+    config = CONFIG.model_copy(update={"eval_every": 1, "save_every": 100, "early_stopping": 2, "keep_best": True})
+    _, reporter = run(
+        tmp_path / "run", rows, config, validate=lambda _: {"val_bpb_sft": next(learned), "whole": next(whole)}
+    )
+    assert [r["whole"] for r in reporter.records if "val_bpb_sft" in r] == [9.0, 8.0, 7.0, 6.0, 5.0]
+    assert any("early stopping: val_bpb_sft was lowest at step 2" in note for note in reporter.notes)
+    assert reporter.latest("best_step") == {"best_step": 2}
+
+
 def test_the_best_so_far_survives_a_kill(rows: Rows, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"eval_every": 2, "save_every": 2, "keep_last": 1, "keep_best": True})
     scores = {0: 9.0, 2: 1.0, 4: 2.0, 6: 3.0, 8: 4.0, 10: 5.0, 12: 6.0}
@@ -734,7 +747,7 @@ def test_bits_per_byte_by_hand(tmp_path: Path) -> None:
     targets = rows.read(np.arange(37))[0][:, 1:]
     expected = 6 * (token_bytes[targets] > 0).sum() / token_bytes[targets].sum()
     found = bits_per_byte(fresh_model(), rows, token_bytes, ALONE, "fp32", limit=37)
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert found == pytest.approx((expected, expected), rel=1e-6)
 
     model = trained_model(rows, tmp_path)
     tokens = torch.from_numpy(rows.read(np.arange(40))[0])
@@ -743,7 +756,33 @@ def test_bits_per_byte_by_hand(tmp_path: Path) -> None:
     sizes = torch.from_numpy(token_bytes)[tokens[:, 1:]]
     expected = (-chances.log2()[sizes > 0].sum() / sizes.sum()).item()
     found = bits_per_byte(model, rows, token_bytes, ALONE, "fp32", limit=10**9)
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert found == pytest.approx((expected, expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 16])
+def test_bits_per_byte_of_what_is_learned_count_no_other_target(tmp_path: Path, rows_at_once: int) -> None:
+    """SFT reads prompts and tools' results, too: what a model makes of these says nothing of what it was taught."""
+    rows = write_rows(tmp_path / "rows", masked=True)
+    token_bytes = np.arange(SPEC.vocab_size, dtype=np.int32) % 5
+    model = trained_model(rows, tmp_path)
+    ids, mask = rows.read(np.arange(37))
+    assert mask is not None
+    with torch.no_grad():
+        logits = model.logits(torch.from_numpy(ids[:, :-1]))
+        bits = -logits.log_softmax(-1).gather(-1, torch.from_numpy(ids[:, 1:, None]))[..., 0].double() / math.log(2)
+    sizes = token_bytes[ids[:, 1:]]
+    expected = tuple(
+        bits.numpy()[counted & (sizes > 0)].sum() / sizes[counted].sum()
+        for counted in (mask[:, 1:] == 1, np.ones(sizes.shape, dtype=bool))
+    )
+    found = bits_per_byte(model, rows, token_bytes, ALONE, "fp32", 37, rows_at_once)
+    assert found == pytest.approx(expected, rel=1e-5) and abs(found[0] - found[1]) > 0.05
+
+    empty = RowWriter(tmp_path / "none", SPEC.sequence_len + 1, SPEC.vocab_size, masked=True)
+    empty.add(ids[0], np.zeros(SPEC.sequence_len + 1))
+    empty.close()
+    learned, whole = bits_per_byte(model, Rows(tmp_path / "none"), token_bytes, ALONE, "fp32", 37)
+    assert math.isnan(learned) and whole > 0
 
 
 def two_ranks(rank: int, path: Path) -> None:
@@ -755,7 +794,7 @@ def two_ranks(rank: int, path: Path) -> None:
     token_bytes = np.arange(SPEC.vocab_size, dtype=np.int32) % 5
 
     def validate(model: LanguageModel) -> float:
-        return bits_per_byte(model, rows, token_bytes, world, "fp32", limit=37)
+        return bits_per_byte(model, rows, token_bytes, world, "fp32", limit=37)[0]
 
     model, reporter = run(path / "both" / "run", rows, world=world, validate=validate)
     torch.save(model.state_dict(), path / f"weights-{rank}.pt")
@@ -786,7 +825,7 @@ def test_two_processes_train_like_one_and_one_goes_on_with_what_two_began(tmp_pa
     token_bytes = np.arange(SPEC.vocab_size, dtype=np.int32) % 5
 
     def validate(model: LanguageModel) -> float:
-        return bits_per_byte(model, rows, token_bytes, ALONE, "fp32", limit=37)
+        return bits_per_byte(model, rows, token_bytes, ALONE, "fp32", limit=37)[0]
 
     def values(records: list[dict[str, Any]], name: str) -> dict[int, float]:
         return {r["step"]: r[name] for r in records if name in r}

@@ -27,6 +27,58 @@ def collate(prompts: list[list[int]], completions: list[Completion], device: tor
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
+def micro_batches(
+    prompts: list[list[int]],
+    completions: list[Completion],
+    advantage: Tensor,
+    chosen: list[int],
+    size: int,
+    device: torch.device,
+) -> list[dict[str, Tensor]]:
+    """The `chosen` sequences and their advantages, `size` at a time; neighbours in length share a micro-batch, which
+    saves padding."""
+    order = sorted(chosen, key=lambda i: len(prompts[i]) + len(completions[i].tokens))
+    return [
+        collate([prompts[i] for i in chunk], [completions[i] for i in chunk], device)
+        | {"advantage": advantage[chunk].to(device)}
+        for chunk in (order[i : i + size] for i in range(0, len(order), size))
+    ]
+
+
+def padded(batches: list[dict[str, Tensor]], most: int, model: LanguageModel, world: World) -> list[dict[str, Tensor]]:
+    """`most` micro-batches where the model is sharded, as every rank must run it equally often; a pass over no sampled
+    token adds nothing."""
+    if not is_sharded(model):
+        return batches
+    idle = micro_batches([[0, 0]], [Completion()], torch.zeros(1), [0], 1, world.device)
+    return batches + idle * (most - len(batches))
+
+
+def logprobs_of(policy: LanguageModel, batch: dict[str, Tensor], world: World) -> Tensor:
+    """(B, T), and 0 for what was not sampled, like the sampler's: there, all ratios are 1."""
+    with autocast(world.device, learner_precision(world)):
+        return -policy(batch["ids"][:, :-1], batch["ids"][:, 1:]) * batch["mask"]
+
+
+@torch.no_grad()
+def divergence(
+    reference: LanguageModel, prompts: list[list[int]], groups: list[list[Completion]], size: int, world: World
+) -> float:
+    """KL(policy ‖ reference), in nats a token, of the policy that sampled a group of completions for each prompt: the
+    k3 estimate over the sampled tokens of all ranks, `size` sequences at a time; 0 where there are none."""
+    sequences = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
+    completions = [c for group in groups for c in group]
+    chosen = [i for i, c in enumerate(completions) if any(c.sampled)]
+    batches = micro_batches(sequences, completions, torch.zeros(len(sequences)), chosen, size, world.device)
+    [most] = world.agree(len(batches))
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for batch in padded(batches, int(most), reference, world):
+        apart = kl_loss(batch["sampler_logprobs"], logprobs_of(reference, batch, world), "k3")
+        totals += torch.stack((apart.double().sum(), batch["mask"].double().sum()))
+    nats, tokens = world.sum(totals).tolist()
+    return nats / max(1.0, tokens)
+
+
 def update(
     model: LanguageModel,
     optimizer: Optimizer,
@@ -50,52 +102,38 @@ def update(
     before = int(world.gather(torch.tensor([len(kept)]))[: world.rank].sum())  # a part is the same for any world
     parts = [[i for place, i in enumerate(kept, start=before) if place % updates == u] for u in range(updates)]
 
-    def micro_batches_of(part: list[int]) -> list[dict[str, Tensor]]:
-        taught = [i for i in part if any(completions[i].sampled) and (config.kl_coefficient or advantages[i])]
-        # neighbours in length share a micro-batch, which saves padding
-        order = sorted(taught, key=lambda i: len(prompts[i]) + len(completions[i].tokens))
-        return [
-            collate([prompts[i] for i in chunk], [completions[i] for i in chunk], world.device)
-            | {"advantage": advantage[chunk].to(world.device)}
-            for chunk in (order[i : i + size] for i in range(0, len(order), size))
-        ]
+    def taught(part: list[int]) -> list[int]:
+        return [i for i in part if any(completions[i].sampled) and (config.kl_coefficient or advantages[i])]
 
-    batches = [micro_batches_of(part) for part in parts]
+    batches = [micro_batches(prompts, completions, advantage, taught(part), size, world.device) for part in parts]
     most = [int(n) for n in world.agree(*map(len, batches))]
-    if is_sharded(model):  # every rank must run the model equally often; a pass over no sampled token adds nothing
-        idle = collate([[0, 0]], [Completion()], world.device) | {"advantage": torch.zeros(1, device=world.device)}
-        batches = [batch + [idle] * (n - len(batch)) for batch, n in zip(batches, most, strict=True)]
+    batches = [padded(batch, n, model, world) for batch, n in zip(batches, most, strict=True)]
     counts = [[sum(sum(completions[i].sampled) for i in part), len(part)] for part in parts]
     divisors = [
         denominator(config.advantage, tokens, sequences, config.max_new_tokens)
         for tokens, sequences in world.sum(torch.tensor(counts, dtype=torch.float32, device=world.device))
     ]
 
-    def logprobs_of(policy: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
-        """(B, T), and 0 for what was not sampled, like the sampler's: there, all ratios are 1."""
-        with autocast(world.device, learner_precision(world)):
-            return -policy(batch["ids"][:, :-1], batch["ids"][:, 1:]) * batch["mask"]
-
     if updates > 1:
         with torch.no_grad():
             for batch in (batch for of_update in batches for batch in of_update):
-                batch["old"] = logprobs_of(model, batch)
+                batch["old"] = logprobs_of(model, batch, world)
     clip = config.loss, config.clip_low, config.clip_high
     sums, worst = torch.zeros(6, device=world.device), torch.zeros(2, device=world.device)
     norms = []
-    for micro_batches, passes, divisor in zip(batches, most, divisors, strict=True):
+    for of_update, passes, divisor in zip(batches, most, divisors, strict=True):
         if passes == 0:  # every group was solved by all of its samples or by none
             continue
-        for i, batch in enumerate(micro_batches, start=1):
-            synchronise_gradients(model, i == len(micro_batches))
-            logprobs = logprobs_of(model, batch)
+        for i, batch in enumerate(of_update, start=1):
+            synchronise_gradients(model, i == len(of_update))
+            logprobs = logprobs_of(model, batch, world)
             sampler, mask, present = batch["sampler_logprobs"], batch["mask"], logprobs.detach()
             old = batch.get("old", present)
             loss, clipped = policy_loss(logprobs, old, batch["advantage"], mask, *clip)
             kl = torch.zeros_like(present)
             if reference is not None:
                 with torch.no_grad():
-                    wanted = logprobs_of(reference, batch)
+                    wanted = logprobs_of(reference, batch, world)
                 kl = kl_loss(logprobs, wanted, config.kl_estimator)
             # what has no old policy of its own is corrected for all that the policy has moved since it was sampled
             weight = truncated_ratio(present if config.loss == "reinforce" else old, sampler, config.ratio_cap)
@@ -113,7 +151,8 @@ def update(
     trained, *means = world.sum(sums).tolist()
     metrics = {"grad_norm": sum(norms) / max(1, len(norms)), "trained_tokens": trained}
     if trained:
-        names = ["logprob_difference", "ratio_mean", "kl", "clip_share"] + ["reference_kl"] * (reference is not None)
+        names = ["logprob_difference", "ratio_mean", "kl_sampler", "clip_share"]
+        names += ["kl_penalty"] * (reference is not None)
         metrics |= {name: value / trained for name, value in zip(names, means, strict=False)}
         metrics["logprob_difference_max"], metrics["ratio_max"] = world.agree(*worst.tolist())
     return metrics

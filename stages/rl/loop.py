@@ -6,7 +6,7 @@ before, and the checkpoint also holds what was sampled ahead. So whatever dies, 
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 
 import torch
 
@@ -18,8 +18,8 @@ from stages.context import Stopped
 from stages.evaluate import measure
 from stages.rl.algorithm import advantages
 from stages.rl.groups import Groups, rewards_of
-from stages.rl.learner import learner_precision, update
-from stages.rl.rollout import RolloutPool
+from stages.rl.learner import divergence, learner_precision, update
+from stages.rl.rollout import Completions, RolloutPool
 from stages.training.metrics import Reporter, Stopwatch
 from stages.training.optimizer import build_optimizer
 from stages.training.parallel import World, full_weights, is_sharded, prepare
@@ -29,6 +29,7 @@ from tasks.base import Environment, Problem
 
 def reinforce(
     model: LanguageModel,
+    begun_with: Callable[[], LanguageModel],
     tokenizer: Tokenizer,
     environment: Environment,
     problems: list[Problem],
@@ -44,16 +45,27 @@ def reinforce(
     """Trains `model` in place for `steps` steps on `problems`, going on from the newest checkpoint.
 
     Every `eval_every` steps, before the first and after the last it is measured on `held_out`, always after the save of
-    the same step. Raises NoSignal, Stopped once `reporter.stop` is set, EnvironmentFault, and RuntimeError where
-    sampler and trainer do not have the same weights.
+    the same step; also how far it then is from the model that `begun_with` gives, the one the stage began with. Where
+    none is kept, that is loaded for the while and takes the room that gradients have in a step. Raises NoSignal,
+    Stopped once `reporter.stop` is set, EnvironmentFault, and RuntimeError where sampler and trainer do not have the
+    same weights.
     """
     precision = learner_precision(world)
-    reference = copy.deepcopy(model) if config.kl_coefficient else None
-    reporter.note(prepare(model, config, precision, world))
-    if reference is not None:
+
+    def initial() -> LanguageModel:
+        reference = begun_with()
         prepare(reference, config, precision, world)
+        return reference
+
+    reporter.note(prepare(model, config, precision, world))
+    reference = initial() if config.kl_coefficient else None
     optimizer = build_optimizer(model, config, precision, world)
     progress = checkpoints.restore(model, optimizer)
+
+    def apart(prompts: list[list[int]], groups: Completions) -> dict[str, float]:
+        other = initial() if reference is None else reference
+        return {"kl_sft": divergence(other, prompts, groups, config.device_batch_size, world)}
+
     draws = Groups(pool, environment, problems, tokenizer, config, seed, world)
     draws.load(checkpoints.stage_state)
     start = progress.step
@@ -75,8 +87,8 @@ def reinforce(
         del weights
         clock.mark("sync")
         if evaluating:
-            figures, _ = measure(pool, environment, held_out, tokenizer, config.evaluation, seed, world, greedy=last)
-            progress.evaluated(1.0 - figures["sampled_pass_at_1"])
+            figures, _ = measure(pool, environment, held_out, tokenizer, config.evaluation, seed, world, last, apart)
+            progress.evaluated(1.0 - figures["val_pass_at_1"])
             checkpoints.best_step = progress.best_step
             reporter.log(step, **figures, best_step=progress.best_step)
         if last:

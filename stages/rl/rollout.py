@@ -13,16 +13,18 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import ray
 import torch
 import torch.distributed as dist
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from cluster.resources import Devices
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 Completions = list[list[Completion]]  # of each prompt its samples
 Tools = Mapping[str, Tool]
+Places: TypeAlias = PlacementGroupSchedulingStrategy | Literal["SPREAD"]  # of actors
 
 TRIES = 3
 TICK_S = 1.0  # between two looks at how the actors are
@@ -52,6 +55,21 @@ def choose(engine: str, placement: str, devices: Devices, workers: int) -> tuple
     if placement == "auto":
         placement = "split" if devices.gpus > workers else "shared"
     return engine, placement
+
+
+@contextmanager
+def reserved(devices: Devices, actors: int) -> Iterator[Places]:
+    """Places for `actors` on all nodes. GPUs are taken together, once there are enough: an actor that held one while
+    another waits could keep the stage beside from what both wait for."""
+    if devices.kind == "cpu":
+        yield "SPREAD"
+        return
+    group = placement_group([{"GPU": 1}] * actors)
+    try:
+        ray.get(group.ready())
+        yield PlacementGroupSchedulingStrategy(group)
+    finally:
+        remove_placement_group(group)
 
 
 def turns_of(tokenizer: Tokenizer, tools: Tools) -> Turns:
@@ -157,7 +175,7 @@ class RolloutPool:
     """Actors that share out every batch of prompts.
 
     Shared, each rank of the learner has a pool beside itself, on its own device. Split, the first rank's pool has
-    devices of its own and samples for all ranks.
+    devices of its own, in `places` where there are such, and samples for all ranks.
 
     An actor that dies, leaves the question whether it is alive unanswered for `health_timeout` seconds, or works on one
     call for more than `timeout` seconds is replaced by one with the current weights, and its prompts are sampled again.
@@ -174,6 +192,7 @@ class RolloutPool:
         tools: Tools,
         engine: str = "vllm",
         placement: str = "shared",
+        places: Places | None = None,
         world: World | None = None,
         timeout: float = 600.0,
         health_timeout: float = 30.0,
@@ -182,6 +201,7 @@ class RolloutPool:
         on_gpu, self._shared = devices.kind == "cuda", placement == "shared"
         self._world = world if world is not None and world.size > 1 and not self._shared else None
         self._on_gpu, self._direct = on_gpu, on_gpu and engine == "vllm"
+        self._places = places
         self._arguments = (fetch, engine, on_gpu, self._shared, tools)
         self._timeout, self._health_timeout, self._say = timeout, health_timeout, say
         self._dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -206,12 +226,12 @@ class RolloutPool:
     def _start(self) -> _Member:
         env = GPU_ENV if self._on_gpu else CPU_ENV
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": self._places or here}
         if self._on_gpu and self._shared:  # the trainer's own device, which Ray hides from an actor that asks for none
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
             env = env | {"CUDA_VISIBLE_DEVICES": visible[int(os.environ.get("LOCAL_RANK", 0)) % len(visible)]}
         elif self._on_gpu:
-            options = {"num_cpus": 0, "num_gpus": 1, "scheduling_strategy": "SPREAD"}
+            options |= {"num_gpus": 1, "scheduling_strategy": self._places or "SPREAD"}
         options["runtime_env"] = {"env_vars": env}
         return _Member(RolloutActor.options(**options).remote(*self._arguments))  # type: ignore[attr-defined]
 

@@ -22,7 +22,7 @@ from stages.training.metrics import Reporter, Stopwatch, Work
 from stages.training.optimizer import Optimizer, build_optimizer
 from stages.training.parallel import World, autocast, is_sharded, prepare, synchronise_gradients
 from stages.training.schedule import Schedule
-from stages.training.state import Checkpoints
+from stages.training.state import Checkpoints, Progress
 
 FIRST_STEPS = 3  # steps after a start in which running out of memory makes the micro-batch smaller
 
@@ -36,13 +36,13 @@ def train(
     world: World,
     checkpoints: Checkpoints,
     reporter: Reporter,
-    validate: Callable[[LanguageModel], float],
+    validate: Callable[[LanguageModel], dict[str, float]],
 ) -> None:
     """Trains `model` in place to the end of `schedule`, going on from the newest checkpoint.
 
-    Validation (`validate` gives val_bpb) runs before step 0, every `eval_every` steps and at the end, always after the
-    save of the same step. Raises Stopped once `reporter.stop` is set, FloatingPointError after too many steps in a row
-    that are not finite.
+    Validation runs before step 0, every `eval_every` steps and at the end, always after the save of the same step. Of
+    the figures that `validate` gives, the first says which weights are best: those where it is lowest. Raises Stopped
+    once `reporter.stop` is set, FloatingPointError after too many steps in a row that are not finite.
     """
     assert config.total_batch_size is not None
     torch.set_num_threads(world.threads)
@@ -73,10 +73,11 @@ def train(
         if ending:
             break
         if evaluating:
-            reporter.log(step, val_bpb=progress.evaluated(validate(model)))
+            figures = validated(model, validate, progress)
+            reporter.log(step, **figures)
             checkpoints.best_step = progress.best_step
             if config.early_stopping and progress.evaluations_since_best >= config.early_stopping:
-                reporter.note(f"early stopping: val_bpb was lowest at step {progress.best_step}")
+                reporter.note(f"early stopping: {next(iter(figures))} was lowest at step {progress.best_step}")
                 break
             clock.mark("evaluate")
 
@@ -110,10 +111,19 @@ def train(
     if stop:
         raise Stopped(f"stopped as asked; everything up to step {progress.step} is saved")
     if progress.evaluated_step != progress.step:
-        reporter.log(progress.step, val_bpb=progress.evaluated(validate(model)))
+        reporter.log(progress.step, **validated(model, validate, progress))
     if config.keep_best and 0 <= progress.best_step != progress.step:
         checkpoints.restore_weights(progress.best_step, model)
         reporter.log(progress.step, best_step=progress.best_step)
+
+
+def validated(
+    model: LanguageModel, validate: Callable[[LanguageModel], dict[str, float]], progress: Progress
+) -> dict[str, float]:
+    """The figures of the model as it is, of which `progress` takes note of the first."""
+    figures = validate(model)
+    progress.evaluated(next(iter(figures.values())))
+    return figures
 
 
 def accumulate_gradients(

@@ -116,7 +116,7 @@ def measure(
         model.init_weights(0)
         schedule = Bounded(WARM_UP + steps, limit=limit)
         rows = Rows(path / "rows")
-        train(model, rows, config, schedule, 0, world, NoCheckpoints(), reporter, lambda _: math.nan)
+        train(model, rows, config, schedule, 0, world, NoCheckpoints(), reporter, lambda _: {"val_bpb": math.nan})
         reporter.close()
     after = product_flops(world.device, precision)
     every = [r for r in reporter.records if "step_ms" in r] or [{"step_ms": math.nan, "memory_gb": math.nan}]

@@ -20,6 +20,12 @@ from stages.training.parallel import World
 
 logger = logging.getLogger(__name__)
 
+# the figures of a record that stand beside the stage, while it runs and when it is done: docs/metrics.md
+SUMMARY = (
+    "loss", "val_bpb", "val_bpb_mid", "val_bpb_sft", "val_bpb_sft_whole", "reward", "val_greedy", "val_pass_at_1",
+    "kl_sft", "best_step", "tokens_per_second", "mfu",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Work:
@@ -187,7 +193,7 @@ class Reporter:
             "steps": steps,
             "seconds": round(self.seconds, 1),
             "seconds_left": left and round(left, 1),
-            "metrics": self.latest("loss", "val_bpb", "reward", "pass_at_1", "tokens_per_second", "mfu"),
+            "metrics": self.latest(*SUMMARY),
             "notes": self.notes,
         }
         self._writing = self._writer.submit(self._write_progress, progress)

@@ -36,12 +36,11 @@ from models.build import build
 from models.hf import save_pretrained
 from models.layers import LanguageModel
 from stages.context import StageContext
-from stages.training.metrics import Reporter
+from stages.training.metrics import SUMMARY, Reporter
 from stages.training.optimizer import Optimizer
 from stages.training.parallel import World, full_weights, is_sharded
 from stages.training.reader import METADATA, CheckpointReader
 
-SUMMARY = ("loss", "val_bpb", "pass_at_1", "best_step", "reward", "tokens_per_second", "mfu")
 STAGE_STATE = "stage-"  # files of a checkpoint, one a rank, with what only the stage itself knows of
 PART_TIMEOUT = 1800.0  # seconds the first rank waits for another rank's upload
 
@@ -59,15 +58,14 @@ class Progress:
     evaluations_since_best: int = 0
     evaluated_step: int = -1
 
-    def evaluated(self, value: float) -> float:
-        """Takes note of a validation at the present step; returns it. Weights that are not trained are never best."""
+    def evaluated(self, value: float) -> None:
+        """Takes note of a validation at the present step. Weights that are not trained are never best."""
         self.evaluated_step = self.step
         if self.step == 0:
-            return value
+            return
         self.evaluations_since_best += 1
         if value < self.best:
             self.best, self.best_step, self.evaluations_since_best = value, self.step, 0
-        return value
 
     def tensor(self) -> Tensor:
         return torch.tensor(astuple(self), dtype=torch.float64)
