@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from runs import ROOT, Run
 from xdist.scheduler import LoadFileScheduling
+
+# How long an example takes says how busy the machine is, and nothing of the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 SEQUENCE_LEN = 128
 # Few problems, seen often: a model this small learns some of them by heart, so that RL has rewards to tell apart.

@@ -141,7 +141,7 @@ ODD = st.sampled_from(
 ODD_KEYS = ["", "data", "data.sft", "data.sft.x", "data.sft.x.source.y", "data.sft.arc_easy.split", "base", "name.x"]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from([*dotted_keys(), *ODD_KEYS]), ODD | st.text(st.characters(codec="utf-8"), max_size=8))
 @example("data.sft.x.source.y", "none")
 @example("seed", "9" * 5_000)
@@ -604,13 +604,12 @@ def understood(raw: Any) -> None:
     assert not opened
 
 
-@settings(deadline=None)
 @given(JSON)
 def test_any_json_in_place_of_a_configuration_is_refused_without_opening_a_file(raw: Any) -> None:
     understood(raw)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.sampled_from(KEYS), JSON)
 @example(("rl", "environment"), __file__)
 @example(("rl", "environment"), {"path": __file__, "text": "\ud800"})

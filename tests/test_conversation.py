@@ -209,7 +209,7 @@ MESSAGES = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(MESSAGES, max_size=6))
 def test_the_chat_template_refuses_what_is_refused_here(
     tokenizer: Tokenizer, served: Callable[..., list[int]], messages: list[Any]

@@ -488,7 +488,7 @@ CHATS: dict[str, list[str]] = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from([(reason, line) for reason, lines in CHATS.items() for line in lines]), max_size=30))
 def test_every_conversation_is_used_or_counted_under_its_reason(
     tokenizer: Storage, lines: list[tuple[str, str]]
@@ -557,7 +557,7 @@ DOCUMENTS: dict[str, list[bytes]] = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.sampled_from([(reason, text) for reason, texts in DOCUMENTS.items() for text in texts]), max_size=10),
     st.sampled_from(["jsonl", "parquet", "txt"]),
@@ -616,7 +616,7 @@ def test_a_single_file_of_any_form_trains_and_holds_out_a_share(
         assert (0.01 if form == "a.txt" else 0.001) < stats["validation_share"] < 0.1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(1, 3_000), min_size=1, max_size=300),
     st.integers(1, 20),

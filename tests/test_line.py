@@ -174,7 +174,7 @@ def test_another_run_takes_what_it_would_make_the_same(line: Run, tmp_path: Path
     other = Run(line.storage, "other", [*line.settings, "--set", "base.matrix_lr=0.03"])
     result = other.go("--reuse-from", "line", "--until", "ingest", seconds=120)
     assert result.code == 0, result.output
-    assert set(other.manifests()) == {"tokenizer", "ingest"}
+    assert set(other.manifests()) == {"tokenizer", "ingest", "conversations"}
 
 
 def test_status_of_a_run_that_is_not_there_says_so(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def said(conversation: dict[str, Any], turn: int = -1) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, RECORDS), st.integers(1, 3)), min_size=1, max_size=4))
 def test_every_part_is_spread_evenly(numbered: str, shape: list[tuple[int, int]]) -> None:
     parts = {f"p{i}": Part(source=numbered, rows=rows, repeats=repeats) for i, (rows, repeats) in enumerate(shape)}
@@ -78,7 +78,7 @@ def test_of_equal_positions_the_earlier_part_comes_first(numbered: str) -> None:
     assert [name for name, _ in mixture(parts, 0)] == ["b", "a", "b", "a"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(1, RECORDS), st.integers(1, 3), st.integers(1, 50)), min_size=1, max_size=4))
 def test_weights_give_the_largest_mixture_in_their_proportion(numbered: str, shape: list[tuple[int, int, int]]) -> None:
     parts = {

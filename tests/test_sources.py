@@ -118,7 +118,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 LINES = st.lists(st.one_of(st.text(max_size=20).map(lambda text: json.dumps({"text": text})), st.just("?")), max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(LINES, st.integers(1, 60), st.booleans())
 def test_byte_ranges_of_jsonl_are_the_file(lines: list[str], unit_bytes: int, ends: bool) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -243,7 +243,7 @@ def test_a_document_of_50_mb_comes_in_pieces(tmp_path: Path, name: str) -> None:
         assert {piece.line for piece in pieces} == {2}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.sampled_from("ab \n日"), min_size=1, max_size=80).filter(str.strip), st.integers(2, 20))
 def test_pieces_put_together_are_the_document(text: str, limit: int) -> None:
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
@@ -267,7 +267,7 @@ def test_a_bad_byte_in_a_huge_text_file_costs_one_piece(tmp_path: Path, monkeypa
     assert sum(len(document.text) for document in found) >= 1_202 - 100
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.sampled_from(["to be", "or not", "", "", " \t", "a longer line of words", "y" * 90]), max_size=40),
     st.sampled_from(["\n", "\r\n"]),

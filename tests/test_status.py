@@ -150,7 +150,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=int(os.environ.get("FATHOM_FUZZ", "50")), deadline=None)
+@settings(max_examples=int(os.environ.get("FATHOM_FUZZ", "50")))
 @given(data=st.data(), path=st.sampled_from(["manifest.json", "progress.json", "../config.json", "../claim.json"]))
 def test_whatever_lies_in_storage_status_shows_it_or_says_what_is_wrong(data: st.DataObject, path: str) -> None:
     """No traceback, nothing outside the run, and no longer than a moment."""

@@ -283,7 +283,6 @@ def test_transformers_gives_the_same_ids(hf, text: str) -> None:
     assert theirs.decode(ids) == tokenizer.decode(ids)
 
 
-@settings(deadline=None)
 @example(texts=["<<<SYS>>"] * 8)
 @given(texts=st.lists(HOSTILE, min_size=8, max_size=8))
 def test_no_message_is_read_otherwise_when_served(served, texts: list[str]) -> None:
