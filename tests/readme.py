@@ -1,0 +1,152 @@
+"""`python tests/readme.py FOLDER`: every command of README.md in a fresh clone in FOLDER, each block in a fresh shell.
+
+Where a command would take hours or needs data of one's own, flags are added and names replaced, as SMALLER and PLACES
+have it; all of these must be found in README.md. Prints each command with its exit status and time. Exit status 0 when
+all are 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from conftest import SETTINGS, flags
+from runs import ROOT
+
+SERVER = "vllm.entrypoints.openai.api_server"
+SHORT = " ".join(flags(SETTINGS))
+# What is written → what is run.
+SMALLER = {
+    "make demo ": f"make demo ARGS='{SHORT} --set rl.eval_every=0' ",
+    "make test ": "make test ARGS='tests/test_mixture.py' ",
+    "--depth 4 --name mine": f"--preset smoke --name mine {SHORT} --set rl.require_signal=false",
+    "fathom run ...": ".venv/bin/fathom run --preset smoke --chat CHAT --gsm8k none --dry-run",
+    "--set data.sft.smoltalk=none": "--set data.sft.chat=none --set data.sft.own.source=CHAT",
+    "--preset demo --json probe.json": "--preset smoke --device-batch 1,2 --json probe.json",
+    "probe --preset demo ": "probe --preset smoke --device-batch 1,2 ",
+    "plan --preset demo --gpus cpu": "plan --preset smoke --gpus cpu",
+    "bench.train --depth 4 --vocab 8192 --seq 512 --device-batch 16": "bench.train --depth 1 --vocab 512 --seq 64 --steps 2",
+    "bench.kernels ": "bench.kernels --only norm --tokens 64 ",
+    "bench.checkpoint ": "bench.checkpoint --depth 1 --vocab 512 --seq 64 --device-batch 1 --saves 1 --steps-between 2 ",
+    "bench.plan_vs_measured ": "bench.plan_vs_measured --steps 1 --rounds 1 ",
+    "bench.ingest ": "bench.ingest --megabytes 4 --vocab 512 --seq 128 --out ingest.json ",
+    "bench.rl ": "bench.rl --depth 1 --vocab 512 --seq 128 --prompts 2 --samples 2 --new-tokens 16 --calls 1 --repeats 1 ",
+    "--tasks word_problems ": "--tasks word_problems --limit 4 ",
+    "--preset demo --name job1": f"--preset demo --name job1 {SHORT} --until base",
+}
+PLACES = {
+    "/data/books/*.parquet": "BOOKS",
+    "/data/chat.jsonl": "CHAT",
+    "/data/gsm8k": "GSM8K",
+    "identity.jsonl": "CHAT",
+}
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of every block of README.md that somebody could paste."""
+    return re.findall(r"^```(sh|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def write_data(folder: Path) -> dict[str, Path]:
+    """Where what stands for one's own data lies."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from corpus import synthetic
+    from tasks.arithmetic import Arithmetic
+
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"text": list(synthetic.documents(0, 1_500, 0))}), folder / "books.parquet")
+    chats = [{"prompt": p.question, "response": p.answer} for p in Arithmetic(2_000, seed=0).problems("train")]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    for split in ("train", "test"):
+        problems = Arithmetic(2_000, seed=0).problems("train" if split == "train" else "test")
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(vars(p)) + "\n" for p in problems))
+    return {"BOOKS": folder / "books.parquet", "CHAT": folder / "chat.jsonl", "GSM8K": folder}
+
+
+def made_small(text: str, places: dict[str, Path], left: set[str]) -> str:
+    for written, run in (SMALLER | PLACES).items():
+        if written in text:
+            text = text.replace(written, run)
+            left.discard(written)
+    for name, place in places.items():
+        text = text.replace(name, str(place))
+    return text
+
+
+def wait_for(address: str, seconds: float) -> None:
+    """Returns once a server answers there."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
+def main() -> int:
+    if len(sys.argv) != 2 or Path(sys.argv[1]).exists():
+        print("give the name of a folder that does not exist yet", file=sys.stderr)
+        return 2
+    folder = Path(sys.argv[1]).resolve()
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder / "clone")], check=True)
+    places = write_data(folder / "data")
+    environment = {"HOME": str(folder), "PATH": os.environ["PATH"], "TORCH_COMPILE_DISABLE": "1", "LANG": "C.UTF-8"}
+    environment |= {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "HF_"))}
+    failed, left = 0, {*SMALLER, *PLACES}
+    server = None
+    try:
+        for language, content in blocks((ROOT / "README.md").read_text()):
+            text = made_small(content, places, left)
+            if language == "python":
+                (folder / "clone" / "pasted.py").write_text(text)
+                commands = [".venv/bin/python pasted.py"]
+            else:
+                commands = [text]
+            for command in commands:
+                began = time.monotonic()
+                shell = ["bash", "-e", "-o", "pipefail", "-c", command]
+                if SERVER in command:
+                    server = subprocess.Popen(
+                        shell, cwd=folder / "clone", env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+                    )
+                    wait_for("http://localhost:8000/health", 300)
+                    code, output = 0, ""
+                else:
+                    ended = subprocess.run(
+                        shell,
+                        cwd=folder / "clone",
+                        env=environment,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        timeout=3_600,
+                    )
+                    code, output = ended.returncode, ended.stdout
+                print(f"== exit status {code}, {time.monotonic() - began:.0f} s\n{command.strip()}", flush=True)
+                if code:
+                    failed += 1
+                    print(output[-3_000:], flush=True)
+    finally:
+        if server is not None:
+            os.killpg(server.pid, signal.SIGTERM)
+        stop = ["bash", "-c", "[ ! -x .venv/bin/ray ] || .venv/bin/ray stop --force"]
+        subprocess.run(stop, cwd=folder / "clone", env=environment, check=False, capture_output=True)
+    if left:
+        print(f"no longer in README.md, so out of date here: {', '.join(sorted(left))}")
+    return 1 if failed or left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
