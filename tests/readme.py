@@ -32,12 +32,12 @@ SMALLER = {
     "--preset demo --json probe.json": "--preset smoke --device-batch 1,2 --json probe.json",
     "probe --preset demo ": "probe --preset smoke --device-batch 1,2 ",
     "plan --preset demo --gpus cpu": "plan --preset smoke --gpus cpu",
-    "bench.train --depth 4 --vocab 8192 --seq 512 --device-batch 16": "bench.train --depth 1 --vocab 512 --seq 64 --steps 2",
+    "--depth 4 --vocab 8192 --seq 512 --device-batch 16": "--depth 1 --vocab 512 --seq 64 --steps 2",
     "bench.kernels ": "bench.kernels --only norm --tokens 64 ",
-    "bench.checkpoint ": "bench.checkpoint --depth 1 --vocab 512 --seq 64 --device-batch 1 --saves 1 --steps-between 2 ",
+    "bench.checkpoint ": "bench.checkpoint --depth 1 --vocab 512 --seq 64 --device-batch 1 --steps-between 2 ",
     "bench.plan_vs_measured ": "bench.plan_vs_measured --steps 1 --rounds 1 ",
     "bench.ingest ": "bench.ingest --megabytes 4 --vocab 512 --seq 128 --out ingest.json ",
-    "bench.rl ": "bench.rl --depth 1 --vocab 512 --seq 128 --prompts 2 --samples 2 --new-tokens 16 --calls 1 --repeats 1 ",
+    "bench.rl ": "bench.rl --depth 1 --vocab 512 --seq 128 --prompts 2 --samples 2 --new-tokens 16 --calls 1 ",
     "--tasks word_problems ": "--tasks word_problems --limit 4 ",
     "--preset demo --name job1": f"--preset demo --name job1 {SHORT} --until base",
 }
@@ -111,33 +111,22 @@ def main() -> int:
             text = made_small(content, places, left)
             if language == "python":
                 (folder / "clone" / "pasted.py").write_text(text)
-                commands = [".venv/bin/python pasted.py"]
-            else:
-                commands = [text]
-            for command in commands:
-                began = time.monotonic()
-                shell = ["bash", "-e", "-o", "pipefail", "-c", command]
-                if SERVER in command:
-                    server = subprocess.Popen(
-                        shell, cwd=folder / "clone", env=environment, start_new_session=True, stdout=subprocess.DEVNULL
-                    )
-                    wait_for("http://localhost:8000/health", 300)
-                    code, output = 0, ""
-                else:
-                    ended = subprocess.run(
-                        shell,
-                        cwd=folder / "clone",
-                        env=environment,
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.STDOUT,
-                        text=True,
-                        timeout=3_600,
-                    )
-                    code, output = ended.returncode, ended.stdout
-                print(f"== exit status {code}, {time.monotonic() - began:.0f} s\n{command.strip()}", flush=True)
-                if code:
-                    failed += 1
-                    print(output[-3_000:], flush=True)
+                text = ".venv/bin/python pasted.py"
+            began = time.monotonic()
+            shell = ["bash", "-e", "-o", "pipefail", "-c", text]
+            output = folder / "output.txt"
+            with output.open("w") as file:
+                process = subprocess.Popen(
+                    shell, cwd=folder / "clone", env=environment, stdout=file, stderr=file, start_new_session=True
+                )
+            if SERVER in text:
+                server = process
+                wait_for("http://localhost:8000/health", 300)
+            code = 0 if process is server else process.wait(3_600)
+            print(f"== exit status {code}, {time.monotonic() - began:.0f} s\n{text.strip()}", flush=True)
+            if code:
+                failed += 1
+                print(output.read_text()[-3_000:], flush=True)
     finally:
         if server is not None:
             os.killpg(server.pid, signal.SIGTERM)
