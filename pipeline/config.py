@@ -51,6 +51,7 @@ STAGE_NAMES = (
     *("tokenizer", "ingest", "base", "evaluate_base"),
     *("conversations", "mid", "evaluate_mid", "sft", "evaluate_sft", "rl", "evaluate_rl"),
 )
+PLANNED_CHARACTERS = 256  # tokens, where `chars` takes them from a corpus that is not read yet
 OF_PART = re.compile(r"(data\.(?:mid|sft)\.[^.]+\.)(.+)")  # a key of a part of a mixture
 
 
@@ -162,7 +163,7 @@ def identity_of(stage: str, config: Config) -> dict[str, Any]:
         return {}
     identity: dict[str, Any] = {"seed": config.seed}
     if stage == "tokenizer":
-        if config.tokenizer.source != "bpe":
+        if not config.tokenizer.learned:
             return {"tokenizer": config.tokenizer.identity()}
         corpus = CORPUS_FIELDS - {"deduplicate"}
         identity["data"] = {name: value for name, value in config.data.identity().items() if name in corpus}
@@ -332,7 +333,7 @@ def _with_vocabulary(values: dict[str, Any], checked: Config) -> dict[str, Any]:
     named = source in (*ENCODINGS, "chars")
     source = source if named else absolute(source)
     try:
-        size = fixed_vocab_size(source, alphabet)
+        size = PLANNED_CHARACTERS if checked.tokenizer.learned else fixed_vocab_size(source, alphabet or "")
         digest = None if named else digest_of_vocabulary(source)
     except ValueError as error:
         raise ConfigError(str(error)) from error

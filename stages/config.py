@@ -140,7 +140,7 @@ class TokenizerConfig(Section):
         "bpe",
         description="bpe (trained here), gpt2, cl100k_base, o200k_base, chars, or a file: tiktoken ranks (Llama 3, Qwen), tokenizer.json, SentencePiece (Llama 2), or a folder with encoder.json and vocab.bpe",
     )
-    alphabet: str = Field("0123456789+-*/=()., <>\n", description="the characters that `chars` knows")
+    alphabet: str | None = Field(None, description="the characters that `chars` knows; unset: those of the corpus")
     max_chars: int = Field(2_000_000_000, ge=1_000, description="characters of the corpus to train on")
     doc_chars: int = Field(
         10_000, ge=100, description="characters used of one document, where the corpus has more than max_chars"
@@ -148,6 +148,11 @@ class TokenizerConfig(Section):
     digest: str | None = Field(
         None, description="SHA-256 of the file or folder that source names", json_schema_extra=FOUND
     )
+
+    @property
+    def learned(self) -> bool:
+        """Whether the tokenizer is made from the corpus."""
+        return self.source == "bpe" or (self.source == "chars" and self.alphabet is None)
 
     def identity(self) -> dict[str, Any]:
         """What the tokenizer is made from: a file by what it says, wherever it lies."""

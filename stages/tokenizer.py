@@ -1,4 +1,4 @@
-"""The tokenizer stage: learn a byte-level BPE from the corpus, or take one that is there."""
+"""The tokenizer stage: learn a byte-level BPE or an alphabet from the corpus, or take what is there."""
 
 from __future__ import annotations
 
@@ -34,13 +34,22 @@ def run(
                 if read["characters_read"] >= config.max_chars:
                     return
 
-    tokenizer: Tokenizer
-    if config.source == "bpe":
-        tokenizer = Tokenizer.train(texts(), vocab_size)
-        if not read["documents_read"]:
-            raise ValueError(f"corpus {data.corpus!r} holds no documents: every text in it was rejected")
-    else:
-        tokenizer = Tokenizer.open(config.source, config.alphabet)
+    def characters() -> str:
+        """All that the corpus has, what is held out included, sorted."""
+        found: set[str] = set()
+        for shard in corpus_shards(data, shard_bytes, seed):
+            for document in documents_of(shard):
+                found.update(document.text)
+                read["documents_read"] += 1
+                read["characters_read"] += len(document.text)
+        return "".join(sorted(found))
+
+    tokenizer: Tokenizer | None = Tokenizer.train(texts(), vocab_size) if config.source == "bpe" else None
+    alphabet = characters() if config.learned and tokenizer is None else config.alphabet or ""
+    if config.learned and not read["documents_read"]:
+        raise ValueError(f"corpus {data.corpus!r} holds no documents: every text in it was rejected")
+    if tokenizer is None:
+        tokenizer = Tokenizer.open(config.source, alphabet)
         if config.digest is not None and (now := digest_of(config.source)) != config.digest:
             raise ValueError(
                 f"tokenizer {config.source} is not what it was where the run was started, SHA-256 {now[:12]} instead "

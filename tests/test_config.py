@@ -327,7 +327,7 @@ def test_a_family_has_its_own_rule_and_single_parts_of_it_may_be_set() -> None:
 
 
 def test_a_tokenizer_that_is_there_settles_the_vocabulary(tmp_path: Path) -> None:
-    assert load_config(None, {"tokenizer": {"source": "chars"}}).model.vocab_size == 32
+    assert load_config(None, {"tokenizer": {"source": "chars", "alphabet": "ab"}}).model.vocab_size == 32
     assert load_config(None, {"tokenizer": {"source": "gpt2"}}).model.vocab_size == 50_257 + 9
     with pytest.raises(
         ConfigError, match=r"model\.vocab_size = 512: the tokenizer gpt2 has 50266 tokens; leave it out"
@@ -455,6 +455,29 @@ def test_of_a_document_the_tokenizer_sees_so_many_characters(tmp_path: Path) -> 
     assert len(whole.encode(" zyx")) == 1 < len(short.encode(" zyx"))
     _, less = trained(100, 1_000)
     assert 1_000 <= less["characters_read"] < 1_100
+
+
+def test_characters_are_those_of_the_corpus_unless_they_are_named(tmp_path: Path) -> None:
+    """All of them, those of what is held out too, sorted; so no text of the corpus is refused later."""
+    texts = [f"{chr(0x3B1 + i)} is letter {i}\t" for i in range(24)]
+    corpus = lines(tmp_path / "corpus.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def made(**tokenizer: Any) -> tuple[Config, Tokenizer]:
+        config = load_config(None, {"data": {"corpus": str(corpus)}, "tokenizer": {"source": "chars", **tokenizer}})
+        context = stage_of(config, tmp_path / str(tokenizer.get("alphabet")))
+        shape = (config.ingest.shard_bytes, config.model.vocab_size, config.seed)
+        tokenizer_stage.run(context, config.data, config.tokenizer, *shape)
+        return config, Tokenizer.load(manifests.fetch(context.storage))
+
+    config, characters = made()
+    alphabet = "".join(sorted({*"".join(texts)}))
+    assert characters.decode(range(len(alphabet))) == alphabet
+    assert all(characters.decode(characters.encode(text)) == text for text in texts)
+    other = lines(tmp_path / "other.jsonl", json.dumps({"text": "other"}))
+    elsewhere = load_config(None, {"data": {"corpus": str(other)}, "tokenizer": {"source": "chars"}})
+    assert identity_of("tokenizer", elsewhere) != identity_of("tokenizer", config), "it reads the corpus"
+    _, named = made(alphabet=alphabet + "!")
+    assert named.encode("!") == [len(alphabet)]
 
 
 def test_status_needs_no_file_that_a_run_was_made_from(tmp_path: Path) -> None:

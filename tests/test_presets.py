@@ -218,7 +218,7 @@ def test_shapes_and_tokens_give_the_losses_of_their_source(name: str, loss: str)
 def test_characters_are_32_tokens_and_training_stops_in_time(name: str) -> None:
     config = load_config(name)
     assert config.tokenizer.source == "chars" and config.model.vocab_size == 32
-    assert Tokenizer.open("chars", config.tokenizer.alphabet).vocab_size == 32
+    assert Tokenizer.open("chars", config.tokenizer.alphabet or "").vocab_size == 32
     base = config.base
     assert base.save_minutes == 60 and base.early_stopping and base.keep_best
     assert (base.hours, base.budget_usd) == ((31, None) if name == "char-d64" else (None, 100))
