@@ -230,6 +230,15 @@ def count_records(spec: str, split: str = "train", limit: int | None = None) -> 
     return count if limit is None else min(count, limit)
 
 
+def local_files(spec: str, split: str = "train", kinds: Sequence[str] = KINDS) -> list[str] | None:
+    """The files of this machine that a corpus or records are read from; None for what lies elsewhere or is made here.
+
+    Raises FileNotFoundError when nothing matches, ValueError for a file of another kind.
+    """
+    elsewhere = spec == SYNTHETIC or spec in CORPORA or spec.startswith("hub:") or "://" in spec
+    return None if elsewhere else _files(spec, split, kinds)
+
+
 def skipped_files(spec: str, kinds: Sequence[str] = KINDS) -> Counter[str]:
     """How many files of a folder or glob are not read, by why: `hidden`, as their name or that of a folder below `spec`
     begins with a dot or an underscore, or `empty`, as Parquet or JSONL of no bytes holds no record."""

@@ -33,6 +33,7 @@ from pipeline.config import (
     stage_names,
 )
 from pipeline.memory import GB, Layout, Memory, memory, memory_with_engine
+from pipeline.preflight import check_inputs, proportions
 from pipeline.scaling import characters_per_token, grad_accum_steps, rows_per_rank, spare_shards
 from pipeline.timing import (
     PROMPT_TOKENS,
@@ -681,7 +682,9 @@ def outlook(config: Config, stages: Collection[str]) -> str:
     """The overview for the stages still to do, on the devices of the preset where it names some."""
     about = preset_about(config.preset) if config.preset else None
     price = about.usd_per_gpu_hour if about else None
-    return overview(_of_stages(plan(config, default_gpus(config), price, fixed=CHOSEN), stages))  # nothing to choose
+    numbers = plan(config, default_gpus(config), price, fixed=CHOSEN)  # nothing to choose
+    numbers["warnings"] += proportions(config, stages, numbers["tokens"])
+    return overview(_of_stages(numbers, stages))
 
 
 def _of_stages(numbers: dict[str, Any], stages: Collection[str]) -> dict[str, Any]:
@@ -738,6 +741,8 @@ def plan_from_args(args: argparse.Namespace) -> dict[str, Any]:
     numbers = plan(config, gpus, price, args.mfu, calibration, args.law, fixed)
     chosen = select(stage_names(config), args.only, args.first, args.until, ())
     check_mixtures(config, chosen)
+    check_inputs(config, chosen)
+    numbers["warnings"] += proportions(config, chosen, numbers["tokens"])
     return numbers if chosen == stage_names(config) else _of_stages(numbers, chosen)
 
 

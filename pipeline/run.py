@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -34,6 +35,7 @@ from pipeline.config import (
 )
 from pipeline.dag import TRAINING, Planned, StageError, plan, reusable, reuse, submit
 from pipeline.plan import outlook
+from pipeline.preflight import check_inputs, proportions
 from pipeline.status import run_states
 from pipeline.tracking import LiveView, final_table, plan_table
 from stages.context import PROGRESS, STOP, TRACEBACK
@@ -71,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         plan_table(planned, console, args.reuse_from)
         to_do = [item.state.name for item in planned if item.action not in ("", "skip", "reuse")]
         if to_do:
+            check_inputs(config, to_do)
             console.print("\n" + outlook(config, to_do), highlight=False, markup=False, soft_wrap=True)
         return 0
     store.storage.check_writable()
@@ -111,6 +114,10 @@ def execute(
         store.record(config)
         return None
     check_space(store, config, to_do)
+    if "RAY_ADDRESS" not in os.environ:  # else files may be where the cluster is, and not here
+        check_inputs(config, to_do)
+        for line in proportions(config, to_do):
+            console.print(f"! {line}", highlight=False, markup=False, soft_wrap=True)
     dashboard = connect(debug)
     if dashboard:
         console.print(f"dashboard {dashboard}", highlight=False)

@@ -43,9 +43,10 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_been(line: Run, tmp_path: Path
 
 def test_a_stage_that_raises_leaves_the_others_done_and_only_it_is_made_again(line: Run, tmp_path: Path) -> None:
     run = line.branch(tmp_path, "tokenizer")
-    nowhere = tmp_path / "nowhere"
-    failed = run.go("--until", "base", "--corpus", str(nowhere))
-    one_clear_message(failed, "stage ingest failed", str(nowhere), "run the same command again")
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_text("no Parquet")
+    failed = run.go("--until", "base", "--corpus", str(damaged))
+    one_clear_message(failed, "stage ingest failed", str(damaged), "run the same command again")
     states = run.states()
     assert states["tokenizer"] == "done" and states["ingest"] == "failed" and states["base"] == "fresh"
     before = run.manifests()

@@ -1,0 +1,99 @@
+"""What can be known of a run's inputs before anything starts: what is not there, and what is out of proportion.
+
+Only files of this machine are looked at, and only their names and sizes, so this takes seconds at most.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+
+from corpus.sources import KINDS, ROW_KINDS, SYNTHETIC, local_files
+from pipeline.config import Config, ConfigError
+from pipeline.scaling import characters_per_token
+from stages.config import NONE
+from tasks.gsm8k import GSM8K
+from tasks.mixture import Part
+
+PLAIN = (".txt", ".jsonl")
+COMPRESSED = 0.4  # bytes a character of compressed text, about
+MOST_PASSES = 4  # over a corpus teach about as much as new text: Muennighoff et al., arXiv 2305.16264
+LEAST_STEPS = 100
+LONG_MID = 5  # times the tokens of base
+
+
+def check_inputs(config: Config, stages: Collection[str]) -> None:
+    """Raises ConfigError for the first input of these stages that is not there; it names the flag that gives it."""
+    for flag, spec, kinds, split in _inputs(config, stages):
+        try:
+            local_files(spec, split, kinds)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{flag}: {error}") from error
+
+
+def _inputs(config: Config, stages: Collection[str]) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
+    """(what gives it, place, kinds of files, split) of each input of these stages."""
+    data = config.data
+    if "ingest" in stages or ("tokenizer" in stages and config.tokenizer.learned):
+        yield "--corpus", data.corpus, KINDS, "train"
+    if "conversations" not in stages:
+        return
+    if data.gsm8k not in (NONE, SYNTHETIC):
+        for split in ("train", "test"):
+            yield "--gsm8k", GSM8K(data.gsm8k).spec(split), ROW_KINDS, split
+    for stage, parts in (("mid", data.mid), ("sft", data.sft)):
+        for name, part in parts.items():
+            if (spec := _spec(part)) is not None:
+                flag = {data.chat: "--chat", data.gsm8k: "--gsm8k"}.get(part.source, f"data.{stage}.{name}.source")
+                yield flag, spec, ROW_KINDS, part.split
+
+
+def _spec(part: Part) -> str | None:
+    """Where the records of a part are; None where they are made here, or from a list of words."""
+    if part.format == "spelling" or part.source == SYNTHETIC:
+        return None
+    return GSM8K(part.source).spec(part.split) if part.format == "gsm8k" else part.source
+
+
+def characters(spec: str, split: str = "train", kinds: tuple[str, ...] = KINDS) -> float | None:
+    """About how many a place on this machine holds; None for another place."""
+    files = local_files(spec, split, kinds)
+    if files is None:
+        return None
+    return sum(os.path.getsize(f) / (1 if f.lower().endswith(PLAIN) else COMPRESSED) for f in files)
+
+
+def proportions(config: Config, stages: Collection[str], tokens: int | None = None) -> Iterator[str]:
+    """What is out of proportion: base's `tokens`, by default those of its steps, beside the corpus; mid's beside
+    base's."""
+    base = config.base
+    tokens = tokens or (base.steps * base.total_batch_size if base.steps and base.total_batch_size else None)
+    per_token = characters_per_token(config.tokenizer.source)
+    if "base" in stages and tokens and (held := characters(config.data.corpus)):
+        there = held / per_token
+        if tokens > 2 * MOST_PASSES * there:  # as the characters of a token are not known
+            sensible = round(MOST_PASSES * there)
+            length, workers = config.model.sequence_len, config.workers[1]
+            rows = max(1, sensible // (LEAST_STEPS * length * workers))  # of each worker
+            batch = (1 << rows.bit_length() - 1) * length * workers
+            yield (
+                f"base reads {tokens:,} tokens, about {tokens / there:,.0f} passes over your corpus of about "
+                f"{there:,.0f} tokens; more than {MOST_PASSES} teach little: give more text, or "
+                f"--set base.tokens={sensible} --set base.total_batch_size={batch}"
+            )
+    if "mid" in stages and tokens and config.mid.steps is None:
+        sizes = [_part_tokens(part, per_token) for part in config.data.mid.values()]
+        of_mid = config.mid.epochs * sum(size for size in sizes if size is not None)
+        if of_mid > LONG_MID * tokens:
+            steps = max(1, tokens // (config.mid.total_batch_size or 1))
+            yield (
+                f"mid reads about {of_mid:,.0f} tokens, {of_mid / tokens:,.0f} times as many as base: a part may have "
+                f"fewer rows (data.mid.NAME.rows), or --set mid.steps={steps} for as many as base"
+            )
+
+
+def _part_tokens(part: Part, per_token: float) -> float | None:
+    """About how many tokens a part has; None where its size is not known, or it is not used whole."""
+    spec = _spec(part)
+    held = None if spec is None or part.rows else characters(spec, part.split, ROW_KINDS)
+    return None if held is None else part.repeats * held / per_token

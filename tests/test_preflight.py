@@ -1,0 +1,103 @@
+"""What can be known of inputs is said before anything starts, with the flag that mends it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from runs import fathom, one_clear_message
+
+from pipeline import cli
+from pipeline.config import load_config
+from pipeline.preflight import check_inputs, proportions
+
+PRETRAINING = ("tokenizer", "ingest", "base", "evaluate_base")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "plays.txt"
+    path.write_text("To be, or not to be: that is the question.\n\n" * 25_000)
+    return path
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "dry"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--corpus", "{}/nowhere"], r"--corpus: .*/nowhere matches no file of a known kind"),
+        (["--corpus", "{}/plays.pdf"], r"--corpus: .*plays\.pdf is of no kind that can serve; these can: \.parquet"),
+        (["--chat", "{}/chats.jsonl", "--gsm8k", "none"], r"--chat: .*/chats\.jsonl matches no file"),
+        (["--chat", "none", "--gsm8k", "{}"], r"--gsm8k: .*/train\.jsonl matches no file"),
+        (
+            ["--chat", "none", "--gsm8k", "none", "--set", "data.mid.own.source={}/own.jsonl", "--until", "mid"],
+            r"data\.mid\.own\.source: .*/own\.jsonl matches no file",
+        ),
+    ],
+)
+def test_an_input_that_is_not_there_is_named_by_its_flag_before_ray_starts(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], command: str, arguments: list[str], said: str
+) -> None:
+    (tmp_path / "plays.pdf").write_text("%PDF")
+    given = [argument.format(tmp_path) for argument in arguments]
+    if "--corpus" not in given:
+        given += ["--corpus", str(corpus)]
+    storage = tmp_path / "runs"
+    flags = [*given, "--depth", "2", "--storage", str(storage), *(["--dry-run"] if command == "dry" else [])]
+    assert cli.main(["plan" if command == "plan" else "run", *flags]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and re.search(said, errors), errors
+    assert not [
+        path for path in storage.rglob("*") if path.is_file() and path.name not in (".fathom-run", "config.json")
+    ]
+
+
+def test_what_is_made_or_lies_elsewhere_is_not_looked_at() -> None:
+    for data in ({"corpus": "synthetic", "chat": "none", "gsm8k": "synthetic"}, {}, {"corpus": "s3://nowhere/x"}):
+        config = load_config(None, {"data": data})
+        check_inputs(config, ["tokenizer", "ingest", "conversations"])
+    config = load_config(None, {"data": {"corpus": "/nowhere", "chat": "/nowhere", "gsm8k": "/nowhere"}})
+    check_inputs(config, ["base", "mid", "sft"])
+
+
+def test_the_passes_over_a_small_corpus_are_told_with_settings_that_mend_it(corpus: Path) -> None:
+    data = {"corpus": str(corpus), "chat": "none", "gsm8k": "none"}
+    config = load_config(None, {"model": {"depth": 2}, "data": data})
+    (line,) = proportions(config, PRETRAINING)
+    tokens, passes, there = (int(n.replace(",", "")) for n in re.findall(r"[\d,]+(?= tokens| passes)", line)[:3])
+    assert config.base.steps and config.base.total_batch_size
+    assert tokens == config.base.steps * config.base.total_batch_size and passes == pytest.approx(
+        tokens / there, rel=0.01
+    )
+    assert there == pytest.approx(corpus.stat().st_size / 4.8, rel=0.2)
+    mended = load_config(None, {"model": {"depth": 2}, "data": data}, re.findall(r"--set (\S+)", line))
+    assert not list(proportions(mended, PRETRAINING))
+    assert mended.base.steps and 50 <= mended.base.steps <= 400
+    assert not list(proportions(config, ["ingest"])) and not list(proportions(config, PRETRAINING, tokens=1_000_000))
+
+
+def test_a_mid_that_dwarfs_base_is_told(tmp_path: Path, corpus: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text((json.dumps({"prompt": "to be?", "response": "or not"}) + "\n") * 200_000)
+    flags = {"model": {"depth": 2}, "data": {"corpus": str(corpus), "chat": str(chats), "gsm8k": "none"}}
+    sets = [
+        "base.tokens=200000",
+        "base.total_batch_size=8192",
+        "mid.total_batch_size=8192",
+        "sft.total_batch_size=8192",
+    ]
+    config = load_config(None, flags, sets)
+    (line,) = proportions(config, [*PRETRAINING, "mid"])
+    assert re.fullmatch(
+        r"mid reads about [\d,]+ tokens, [\d.]+ times as many as base: .*--set mid\.steps=2[34] .*", line
+    )
+    assert not list(proportions(load_config(None, flags, [*sets, "mid.steps=24"]), [*PRETRAINING, "mid"]))
+
+
+def test_a_first_attempt_that_failed_leaves_nothing_that_drifts(tmp_path: Path, corpus: Path) -> None:
+    run = ["--preset", "smoke", "--name", "first", "--storage", str(tmp_path / "runs"), "--until", "tokenizer"]
+    one_clear_message(fathom("run", *run, "--corpus", str(tmp_path / "nowhere"), seconds=120), "--corpus")
+    result = fathom("run", *run, "--corpus", str(corpus), "--tokenizer", "chars", "--dry-run", seconds=120)
+    assert result.code == 0 and "tokenizer      fresh  run" in result.output, result.output
