@@ -343,6 +343,13 @@ class Storage:
         files = [i for i in found if i.type == fs.FileType.File and not i.base_name.startswith(TEMPORARY)]
         return {i.path[len(full) :].lstrip("/"): i.size for i in files}
 
+    def folders(self) -> Iterator[str]:
+        """The names of the folders right below."""
+        filesystem, full = self._at("")
+        selector = fs.FileSelector(full, allow_not_found=True)
+        found = self.reading("", lambda: filesystem.get_file_info(selector))
+        return (i.base_name for i in found if i.type == fs.FileType.Directory)
+
     def delete(self, path: str = "") -> None:
         """Remove a file or a tree; what is absent is fine."""
         filesystem, full = self._at(path)

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from cluster.storage import StorageError
+from cluster.storage import MARKER, Storage, StorageError
 from pipeline.artifacts import RunStore, StageState
 from pipeline.config import STAGE_NAMES, add_storage_flag, stage_names
 from pipeline.tracking import final_table, summary
@@ -29,13 +29,24 @@ def run_states(store: RunStore) -> list[StageState]:
     return states
 
 
+def run_names(storage_uri: str) -> list[str]:
+    """The runs in a storage, sorted by name."""
+    storage = Storage(storage_uri)
+    return [name for name in sorted(storage.folders()) if storage.exists(f"{name}/{MARKER}")]
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, or with --json {"run", "stages": [{"name", "state", "seconds", "metrics", "notes", "uri"}]}."""
+    """Print the table, or with --json {"run", "stages": [{"name", "state", "seconds", "metrics", "notes", "uri"}]}.
+    Without a run, the names of those there are."""
     parser = argparse.ArgumentParser(prog="fathom status", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="name of the run")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="name of the run; without it, which runs there are")
     add_storage_flag(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
+    if args.run is None:
+        runs = run_names(args.storage)
+        print(json.dumps({"runs": runs}) if args.json else "\n".join(runs) or f"no runs in {Storage(args.storage).uri}")
+        return 0
     store = RunStore(args.storage, args.run)
     states = run_states(store)
     if args.json:

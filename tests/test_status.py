@@ -56,6 +56,22 @@ def test_json_has_exactly_the_documented_shape(store: RunStore, capsys: pytest.C
     assert stages["base"]["state"] == "running"
 
 
+def test_without_a_run_the_runs_are_named(store: RunStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = Path(store.storage.uri).parent
+    for name in ("another", "third"):
+        with RunStore(str(storage), name).claim():
+            pass
+    (storage / "no-run").mkdir()
+    with store.claim():
+        pass
+    assert status.main(["--storage", str(storage)]) == 0
+    assert capsys.readouterr().out.split() == ["another", "r", "third"]
+    assert status.main(["--storage", str(storage), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"runs": ["another", "r", "third"]}
+    assert status.main(["--storage", str(tmp_path / "nowhere")]) == 0
+    assert "no runs in" in capsys.readouterr().out
+
+
 def test_the_table_names_time_metrics_and_artifact(store: RunStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main(["r", "--storage", str(Path(store.storage.uri).parent)]) == 0
     line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("tokenizer"))
