@@ -44,10 +44,11 @@ def from_record(record: dict[str, Any]) -> dict[str, Any]:
     if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
         user, assistant = record["prompt"], record["response"]
         return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
-    keys = ", ".join(sorted(map(str, record))) or "no keys"
+    keys = ", ".join(f"{name} ({type(record[name]).__name__})" for name in sorted(record, key=str)) or "no keys"
     raise UnusableError(
         "no_conversation",
-        f"not a conversation: the row has {keys}; it needs `messages`, `conversations`, or `prompt` and `response`",
+        f"not a conversation: the row has {keys}; it needs `messages` or `conversations`, lists, or `prompt` and "
+        "`response`, texts",
     )
 
 
@@ -72,6 +73,8 @@ def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_len: int) -> 
     turns = _turns(conversation["messages"])
     if not any(role == "assistant" for role, _ in turns):
         raise UnusableError("no_answer", "no message is of the assistant")
+    for role, parts in turns:
+        _check_calls([part["type"] for part in parts] if role == "assistant" else [])
     ids, mask, kept = [tokenizer.bos], [0], 0
     for role, parts in turns:
         turn_ids, turn_mask = _render_turn(role, parts, tokenizer)
@@ -84,6 +87,14 @@ def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_len: int) -> 
     if not kept:
         raise UnusableError("too_long", f"the first exchange has more than {max_len} tokens")
     return np.array(ids[:kept], dtype=np.int64), np.array(mask[:kept], dtype=np.uint8)
+
+
+def _check_calls(kinds: list[str]) -> None:
+    """Raises UnusableError for the parts of a turn in which a result has no call, or that ends in a call."""
+    if any(kind == "python_output" and before != "python" for before, kind in zip(["", *kinds], kinds, strict=False)):
+        raise UnusableError("no_call", "a tool's result follows no call")
+    if kinds and kinds[-1] == "python":
+        raise UnusableError("no_result", "the assistant's turn ends in a call without a result")
 
 
 def answers(conversation: dict[str, Any]) -> int:
@@ -138,6 +149,8 @@ def _checked(message: Any) -> tuple[str, list[dict[str, str]]]:
         said = f"a message must be an object with role and content, got {reprlib.repr(message)}"
         raise UnusableError("malformed", said)
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls") or []
+    if message.get("function_call"):
+        raise UnusableError("other_tool", "a message has a `function_call`; calls stand in `tool_calls`")
     if not isinstance(calls, list) or len(calls) > (role == "assistant"):  # a result follows before the next call
         raise UnusableError(
             "malformed",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 REASONS = {
+    "beyond_rows": "beyond the first data.*.rows",
     "binary": "binary",
     "duplicates": "duplicates",
     "empty": "empty",
@@ -19,8 +20,12 @@ REASONS = {
     "invalid_utf8": "not UTF-8",
     "malformed": "malformed",
     "no_answer": "without an answer",
+    "no_call": "with a result of no call",
+    "no_column": "without the column of the text",
     "no_conversation": "no conversation",
+    "no_result": "ending in a call without a result",
     "not_json": "not JSON",
+    "not_text": "not text",
     "null": "null",
     "other_tool": "with a tool that is not the calculator",
     "too_long": "too long",
@@ -52,7 +57,12 @@ def reasons(left_out: Mapping[str, int]) -> str:
 
 def skipped(files: Mapping[str, int]) -> str:
     """How many files of a folder are not read, and why."""
-    why = {"hidden": "hidden (a name begins with . or _)", "empty": "of no bytes"}
+    why = {
+        "hidden": "hidden (a name begins with . or _)",
+        "empty": "of no bytes",
+        "broken": "missing, behind a link",
+        "other": "of another kind",
+    }
     return ", ".join(f"{count:,} {'file' if count == 1 else 'files'} {why[name]}" for name, count in files.items())
 
 

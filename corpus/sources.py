@@ -194,9 +194,12 @@ def records_and_faults(spec: str, split: str = "train") -> Iterator[dict[str, An
                 yield UnusableError("too_long", f"{uri}, line {number} has more than {MAX_LINE:,} bytes")
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
                 if _MAYBE_SURROGATE.search(line):
                     row = json.loads(valid(json.dumps(row, ensure_ascii=False)))
+            except UnicodeDecodeError as error:
+                yield UnusableError("invalid_utf8", f"{uri}, line {number} is not UTF-8: {error}")
+                continue
             except (ValueError, RecursionError) as error:
                 yield UnusableError("not_json", f"{uri}, line {number} is not JSON: {error}")
                 continue
@@ -239,9 +242,22 @@ def local_files(spec: str, split: str = "train", kinds: Sequence[str] = KINDS) -
     return None if elsewhere else _files(spec, split, kinds)
 
 
+def stamps(spec: str, split: str = "train", kinds: Sequence[str] = KINDS) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file that records are read from; {} for a hub's, named with their commit."""
+    if spec == SYNTHETIC or spec in CORPORA or spec.startswith("hub:"):
+        return {}
+    found = {}
+    for uri in _files(spec, split, kinds):
+        filesystem, path = _filesystem(uri)
+        info = filesystem.get_file_info(path)
+        found[uri] = (info.size, info.mtime_ns)
+    return found
+
+
 def skipped_files(spec: str, kinds: Sequence[str] = KINDS) -> Counter[str]:
     """How many files of a folder or glob are not read, by why: `hidden`, as their name or that of a folder below `spec`
-    begins with a dot or an underscore, or `empty`, as Parquet or JSONL of no bytes holds no record."""
+    begins with a dot or an underscore, `empty`, as Parquet or JSONL of no bytes holds no record, `broken`, a link to
+    nothing, or `other`, of a kind that cannot serve."""
     skipped: Counter[str] = Counter()
     if spec != SYNTHETIC and spec not in CORPORA and not spec.startswith("hub:"):
         _files(spec, kinds=kinds, skipped=skipped)
@@ -273,7 +289,7 @@ def changed_text(uri: str) -> str:
     """What there is to say of a file that changes while it is read."""
     return (
         f"{uri} is not what it was when the files were listed: each is read more than once, on any machine, so none "
-        "may change before ingest is done; run the same command again to take it as it is"
+        "may change meanwhile; run the same command again to take it as it is"
     )
 
 
@@ -344,6 +360,9 @@ def _jsonl_values(unit: Unit, counts: Counter[str]) -> Iterator[tuple[int, objec
         if first and (column not in row or not isinstance(value, str | None)):
             raise _no_text_column(uri, column, {name: type(value).__name__ for name, value in row.items()})
         first = False
+        if column not in row:
+            counts["no_column"] += 1
+            continue
         yield number, value
 
 
@@ -353,12 +372,13 @@ def _txt_values(uri: str, documents: str, counts: Counter[str]) -> Iterator[tupl
     with _open_lines(uri) as stream:
         # An invalid byte becomes a lone surrogate, which is not UTF-8 either.
         reader = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        text, start, line, found = "", 0, 1, False
+        text, start, line, found, more = "", 0, 1, False, True
         while True:
-            if len(text) - start <= most:
-                text, start = text[start:] + reader.read(MAX_DOCUMENT + 1), 0
-                if not text:
-                    break
+            if more and len(text) - start <= most:
+                more = bool(read := reader.read(MAX_DOCUMENT + 1))
+                text, start = text[start:] + read, 0
+            if start == len(text):
+                break
             if whole and not found and len(text) > MAX_DOCUMENT:
                 counts["split"] += 1
             end = _text_end(text, start, documents, most)
@@ -387,7 +407,7 @@ def _text_end(text: str, start: int, documents: str, most: int) -> int:
 def _judge(value: object) -> tuple[str, str]:
     """The text of a document, and why it is rejected, if it is."""
     if not isinstance(value, str | bytes):
-        return "", "null"
+        return "", "null" if value is None else "not_text"
     try:
         text, data = (value, value.encode()) if isinstance(value, str) else (value.decode(), value)
     except UnicodeError:
@@ -570,10 +590,14 @@ def _files(
         paths = []
         for path, size in _walk(filesystem, root):
             names = path.removeprefix(root.rstrip("/")).lstrip("/").split("/")
-            if _kind(path) not in kinds or not _matches(names, pattern):
+            if not _matches(names, pattern):
                 continue
             if not _matches(names, pattern, hidden=False):
-                skipped["hidden"] += 1
+                skipped["hidden"] += _kind(path) in kinds
+            elif _kind(path) not in kinds:
+                skipped["other"] += 1
+            elif size is None:
+                skipped["broken"] += 1
             elif not size and _kind(path) in ROW_KINDS:  # an empty text is a document, which is counted as one
                 skipped["empty"] += 1
             else:
@@ -630,8 +654,8 @@ def _hub_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-def _walk(filesystem: pafs.FileSystem, root: str) -> Iterator[tuple[str, int]]:
-    """Path and size of every file below a folder."""
+def _walk(filesystem: pafs.FileSystem, root: str) -> Iterator[tuple[str, int | None]]:
+    """Path and size of every file below a folder; no size for a link to nothing."""
     if isinstance(filesystem, pafs.LocalFileSystem):
         yield from _walk_here(root, ())
         return
@@ -640,7 +664,7 @@ def _walk(filesystem: pafs.FileSystem, root: str) -> Iterator[tuple[str, int]]:
             yield entry.path, entry.size
 
 
-def _walk_here(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+def _walk_here(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int | None]]:
     """Links are followed, but not to a folder that is being read: `above`, by their real paths."""
     real = os.path.realpath(folder)
     if real in above:
@@ -656,6 +680,8 @@ def _walk_here(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]
             yield from _walk_here(path, (*above, real))
         elif os.path.isfile(path):
             yield path, os.path.getsize(path)
+        elif os.path.islink(path) and not os.path.exists(path):
+            yield path, None
 
 
 def _matches(names: Sequence[str], globs: Sequence[str], hidden: bool = True) -> bool:

@@ -148,7 +148,7 @@ def check_mixtures(config: Config, selected: Sequence[str]) -> None:
         if stage in selected and not getattr(config.data, stage):
             raise ConfigError(
                 f"{stage} has no conversations: give --chat, --gsm8k or --set data.{stage}.NAME.source=..., or stop "
-                "before it with --until evaluate_base"
+                f"before it with --until {'evaluate_base' if stage == 'mid' else 'mid'}"
             )
 
 
@@ -413,6 +413,8 @@ def _read_preset(name: str) -> tuple[dict[str, Any], About]:
 def _giving_way(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The preset without what the command line says in another way: how long base trains, the vocabulary where a
     tokenizer is named, and the shape where the dial is given."""
+    if wrong := [name for name in ("base", "model") if not isinstance(preset.get(name, {}), dict)]:
+        raise ConfigError(f"the preset's {wrong[0]} = {preset[wrong[0]]!r} must be a table, [{wrong[0]}]")
     base, tokenizer, model = given.get("base"), given.get("tokenizer"), given.get("model")
     if isinstance(base, dict) and set(BUDGETS) & base.keys():
         preset = preset | {"base": {k: v for k, v in preset.get("base", {}).items() if k not in BUDGETS}}

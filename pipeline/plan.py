@@ -26,6 +26,7 @@ from pipeline.config import (
     add_stage_flags,
     check_mixtures,
     config_from_args,
+    has_problems,
     load_config,
     preset_about,
     preset_values,
@@ -48,7 +49,7 @@ from pipeline.timing import (
     sampling_seconds,
     training_seconds,
 )
-from stages.config import NONE, BaseConfig, RLConfig, TuneConfig, base_hours
+from stages.config import BaseConfig, RLConfig, TuneConfig, base_hours
 from tasks.mixture import SYNTHETIC_ROWS, Part
 
 CHECKPOINTING = ("none", "selective", "full")  # the cheapest first
@@ -425,7 +426,7 @@ def _hours(
         if tokens is None:
             unknown.append(stage)
     sampled = calibration.sampled if calibration else None
-    if config.data.gsm8k != NONE:
+    if has_problems(config):
         ask = config.evaluate
         actors = ask.actors(gpus.count if gpus.hardware else 0, len(os.sched_getaffinity(0)))
         both = [  # greedy completions, and then the samples

@@ -56,8 +56,11 @@ def _spec(part: Part) -> str | None:
 
 
 def characters(spec: str, split: str = "train", kinds: tuple[str, ...] = KINDS) -> float | None:
-    """About how many a place on this machine holds; None for another place."""
-    files = local_files(spec, split, kinds)
+    """About how many a place on this machine holds; None for another place, or where nothing is by now."""
+    try:
+        files = local_files(spec, split, kinds)
+    except (ValueError, OSError):  # a stage that is done needs its input no more
+        files = None
     if files is None:
         return None
     return sum(os.path.getsize(f) / (1 if f.lower().endswith(PLAIN) else COMPRESSED) for f in files)

@@ -114,7 +114,7 @@ def execute(
         store.record(config)
         return None
     check_space(store, config, to_do)
-    if "RAY_ADDRESS" not in os.environ:  # else files may be where the cluster is, and not here
+    if not os.environ.get("RAY_ADDRESS"):  # else files may be where the cluster is, and not here
         check_inputs(config, to_do)
         for line in proportions(config, to_do):
             console.print(f"! {line}", highlight=False, markup=False, soft_wrap=True)

@@ -392,5 +392,6 @@ class EvaluateConfig(Section):
     call_timeout: float = environment(3600.0, "seconds that sampling all problems may take", gt=0)
 
     def actors(self, gpus: int, cpus: int) -> int:
-        """How many sample at once: one a GPU, or one for two cores, as the stage after trains on the others."""
-        return max(1, min(gpus or cpus // 2, self.problems))
+        """How many sample at once: one a GPU, or one for two cores, as the stage after trains on the others, and four
+        at most, as each has a model and a cache in the machine's one memory."""
+        return max(1, min(gpus or cpus // 2, gpus or 4, self.problems))

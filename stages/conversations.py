@@ -20,7 +20,7 @@ from corpus.left_out import UnusableError, counted, lines, reasons, skipped
 from corpus.packing import Document as Packed
 from corpus.packing import pack
 from corpus.rows import Index, RowWriter
-from corpus.sources import ROW_KINDS, SYNTHETIC, skipped_files
+from corpus.sources import ROW_KINDS, SYNTHETIC, changed_text, skipped_files, stamps
 from corpus.synthetic import Split
 from corpus.tokenizers import Tokenizer, UnknownCharacterError
 from stages.config import NONE, DataConfig
@@ -28,7 +28,7 @@ from stages.context import StageContext
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 from tasks.gsm8k import GSM8K
-from tasks.mixture import Part, digest_of, mixture, sizes
+from tasks.mixture import Part, beyond, digest_of, mixture, sizes
 
 HOLD_OUT_EVERY = 10  # at most one conversation in so many is held out
 
@@ -51,6 +51,7 @@ def run(context: StageContext, data: DataConfig, sequence_len: int, seed: int) -
     tokenizer = Tokenizer.load(context.fetch("tokenizer"))
     own = [*data.mid.values(), *data.sft.values()]
     records = sorted({part.source for part in own if part.format in ("chat", "choices")})
+    before = {source: stamps(source, kinds=ROW_KINDS) for source in records}
     stats: dict[str, Any] = {"skipped": tell_skipped(context, records, ROW_KINDS), "read": {}}
     figures: dict[str, int] = {}
     with context.scratch() as directory:
@@ -63,6 +64,9 @@ def run(context: StageContext, data: DataConfig, sequence_len: int, seed: int) -
             stats[stage] = made
             figures[f"{stage}_rows"] = made["rows"]
         check_unchanged(sources, data.digests)
+        for source, files in before.items():
+            if changed := set(files.items()) ^ set(stamps(source, kinds=ROW_KINDS).items()):
+                raise ValueError(changed_text(min(changed)[0]))
         context.publish(directory, figures, time.monotonic() - began, stats)
 
 
@@ -138,7 +142,7 @@ def ingest_mixture(
                 raise ValueError(f"data.{stage}.{name}, conversation {read[name]}: {error}") from error
             except UnusableError as error:
                 left_out[name][error.reason] += 1
-                examples[name].setdefault(error.reason, str(error))
+                examples[name].setdefault(error.reason, f"conversation {read[name]:,}: {error}")
                 continue
             item, key = (ids, mask if stage == "sft" else None), hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
             if key in held_out:
@@ -157,11 +161,12 @@ def ingest_mixture(
         index = write_rows(directory / split, packed, row_len, tokenizer.vocab_size, masked=True)
         rows[split] = sum(count for _, count in index["files"])
     found = {}
-    for name in parts:
-        found[name] = counted(read[name], left_out[name])
+    for name, part in parts.items():
+        left_out[name]["beyond_rows"] = more = beyond(part)
+        found[name] = counted(read[name] + more, left_out[name])
         if shortened[name]:
             found[name]["shortened"] = shortened[name]
-        if left_out[name]:
+        if found[name]["left_out"]:
             example = examples[name].get(max(left_out[name], key=left_out[name].__getitem__))
             found[name] |= {"example": example} if example else {}
         if not found[name]["kept"]:

@@ -23,8 +23,8 @@ class HeldOut:
 
     def __init__(self, data: DataConfig, shard: int, shards: int, total: int | None) -> None:
         validating = min(shards, SHARDS)
-        self._every = round(1 / data.validation_share)
-        self._number = shard * self._every // validating - 1
+        self._share = data.validation_share
+        self._number = int(shard / self._share / validating) - 1
         self._left = data.validation_chars / validating if shard < SHARDS else 0
         self._largest = min(MAX_DOCUMENT // 2, MOST * total if total else MAX_DOCUMENT)
         self._last = False
@@ -34,7 +34,8 @@ class HeldOut:
         if document.first:
             self._number += 1
             # as long as half of MAX_DOCUMENT, it may be a piece with many more to come
-            chosen = self._number % self._every == self._every - 1 and len(document.text) < self._largest
+            chosen = int((self._number + 1) * self._share) > int(self._number * self._share)
+            chosen = chosen and len(document.text) < self._largest
             self._last = chosen and self._left > 0
         if self._last:
             self._left -= len(document.text)

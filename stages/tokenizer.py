@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 
+from corpus.left_out import reasons
 from corpus.tokenizers import Tokenizer
 from corpus.vocabularies import digest_of
 from stages.config import DataConfig, TokenizerConfig
@@ -18,13 +20,14 @@ def run(
 ) -> None:
     began = time.monotonic()
     read = {"documents_read": 0, "characters_read": 0}
+    rejected: Counter[str] = Counter()
 
     def texts() -> Iterator[str]:
         for shard in corpus_shards(data, shard_bytes, seed):
             choice = held_out_of(shard, data)
             # of a corpus that is used up anyway, all of every document
             most = config.doc_chars if (shard["total"] or math.inf) > config.max_chars else None
-            for document in documents_of(shard):
+            for document in documents_of(shard, rejected):
                 if choice.takes(document):
                     continue
                 text = document.text[:most]
@@ -38,7 +41,7 @@ def run(
         """All that the corpus has, what is held out included, sorted."""
         found: set[str] = set()
         for shard in corpus_shards(data, shard_bytes, seed):
-            for document in documents_of(shard):
+            for document in documents_of(shard, rejected):
                 found.update(document.text)
                 read["documents_read"] += 1
                 read["characters_read"] += len(document.text)
@@ -47,7 +50,7 @@ def run(
     tokenizer: Tokenizer | None = Tokenizer.train(texts(), vocab_size) if config.source == "bpe" else None
     alphabet = characters() if config.learned and tokenizer is None else config.alphabet or ""
     if config.learned and not read["documents_read"]:
-        raise ValueError(f"corpus {data.corpus!r} holds no documents: every text in it was rejected")
+        raise ValueError(f"corpus {data.corpus!r} holds no documents: all are left out, {reasons(rejected)}")
     if tokenizer is None:
         tokenizer = Tokenizer.open(config.source, alphabet)
         if config.digest is not None and (now := digest_of(config.source)) != config.digest:

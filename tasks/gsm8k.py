@@ -29,9 +29,12 @@ class GSM8K(NumberProblems):
     def stream(self, split: str) -> Iterator[Problem]:
         """The problems of a split, read as they are asked for. Raises FileNotFoundError or ValueError."""
         spec = self.spec(split)
-        for row in read_records(spec, split):
+        for number, row in enumerate(read_records(spec, split), 1):
             if not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
-                raise ValueError(f"{spec}: a row has {', '.join(row)}; a GSM8K row needs `question` and `answer`")
+                has = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()) or "nothing"
+                raise ValueError(
+                    f"{spec}, row {number}: it has {has}; a GSM8K row needs `question` and `answer`, texts"
+                )
             yield Problem(row["question"], row["answer"])
 
     def problems(self, split: Split) -> list[Problem]:

@@ -107,6 +107,14 @@ def sizes(parts: dict[str, Part]) -> dict[str, int]:
     return counts
 
 
+def beyond(part: Part) -> int:
+    """How many records a part's `rows` leaves out, of those its source has."""
+    if part.rows is None or part.source == SYNTHETIC or part.format == "spelling":
+        return 0
+    spec = GSM8K(part.source).spec(part.split) if part.format == "gsm8k" else part.source
+    return part.repeats * max(0, count_records(spec, part.split) - part.rows)
+
+
 def _placed(name: str, part: Part, count: int, seed: int) -> Iterator[tuple[float, str, Found]]:
     """The part's first `count` conversations with their positions in the mixture, which runs from 0 to 1."""
     for k, conversation in enumerate(islice(conversations(part, seed), count)):

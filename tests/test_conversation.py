@@ -262,7 +262,7 @@ def test_texts_with_nothing_between_them_are_one(tokenizer: Tokenizer) -> None:
         split = render({"messages": [*question, {"role": "assistant", "content": halves}]}, tokenizer, 100)
         whole = render({"messages": [*question, {"role": "assistant", "content": "It is twenty"}]}, tokenizer, 100)
         assert [array.tolist() for array in split] == [array.tolist() for array in whole]
-    calls = [{"type": "python", "text": "1"}] * 2
+    calls = [*[{"type": "python", "text": "1"}] * 2, {"type": "python_output", "text": "1"}]
     ids, _ = render({"messages": [{"role": "assistant", "content": calls}]}, tokenizer, 100)
     assert ids.tolist().count(tokenizer.special("<|python_start|>")) == 2
 

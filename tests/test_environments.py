@@ -273,7 +273,7 @@ def test_what_the_file_says_is_part_of_what_rl_and_evaluation_make(tmp_path: Pat
 
 
 def test_an_environment_of_its_own_needs_no_other_problems() -> None:
-    config = config_with(EXAMPLE, "data.gsm8k=none")
+    config = config_with(EXAMPLE, "data.gsm8k=none", "data.chat=chats.jsonl")
     assert stage_names(config)[-4:] == ["sft", "evaluate_sft", "rl", "evaluate_rl"]
 
 

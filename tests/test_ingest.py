@@ -446,7 +446,7 @@ def test_files_that_are_not_read_are_told_and_stay_told(tmp_path: Path, ray_here
         conversations.run(context, data, ROW_LEN - 1, 0)
     notes = context.storage.read_json(PROGRESS)["notes"]
     assert sorted(notes) == [
-        f"{chats}: 1 file of no bytes not read",
+        f"{chats}: 1 file of another kind, 1 file of no bytes not read",
         f"{corpus}: 1 file hidden (a name begins with . or _) not read",
     ]
 
@@ -482,6 +482,15 @@ CHATS: dict[str, list[str]] = {
     "no_conversation": [json.dumps({"text": "the fox"}), json.dumps({"messages": None}), "{}"],
     "malformed": [json.dumps({"messages": m}) for m in ([], [3], [{"role": "fox", "content": ""}])],
     "other_tool": [asked({"content": "", "tool_calls": [{"function": {"name": "search", "arguments": "{}"}}]})],
+    "no_call": [
+        json.dumps(
+            {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "fox"}, tool, last]}
+        )
+        for tool in [{"role": "tool", "content": "42"}]
+        for last in [{"role": "assistant", "content": "42"}, {"role": "user", "content": "thanks"}]
+    ]
+    + [asked({"content": [{"type": "python_output", "text": "42"}]})],
+    "no_result": [asked({"content": [{"type": "python", "text": "6*7"}]})],
     "empty_answer": [asked({"content": ""}), asked({"content": " \n"}), asked({"content": []})],
     "no_answer": [json.dumps({"messages": [{"role": "user", "content": "dog?"}]})],
     "too_long": [asked({"content": "the quick brown fox jumps " * 99})],
@@ -553,6 +562,8 @@ DOCUMENTS: dict[str, list[bytes]] = {
     "binary": [b"PK\0\1\0\0", b"\x01\x02\x03\x04"],
     "invalid_utf8": [b"\xff\xfe the", b"\xed\xa0\x80"],
     "null": [b""],
+    "not_text": [b"5", b'["a"]', b"true"],
+    "no_column": [b'{"title": "a"}'],
     "not_json": [b"{", b"[]"],
 }
 
@@ -565,7 +576,7 @@ DOCUMENTS: dict[str, list[bytes]] = {
 def test_every_document_is_kept_or_counted_under_its_reason(
     tokenizer: Storage, drawn: list[tuple[str, bytes]], kind: str
 ) -> None:
-    only_in = {"null": ("jsonl", "parquet"), "not_json": ("jsonl",)}
+    only_in = {"null": ("jsonl", "parquet"), "not_json": ("jsonl",), "not_text": ("jsonl",), "no_column": ("jsonl",)}
     drawn = [(reason, text) for reason, text in drawn if kind in only_in.get(reason, (kind,))]
     documents = [*(("", b"the quick brown fox jumps over %d " % i * 20) for i in range(40)), *drawn]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -577,8 +588,10 @@ def test_every_document_is_kept_or_counted_under_its_reason(
                 (text / f"{i:02d}.txt").write_bytes(content)
             elif kind == "jsonl":
                 escaped = re.sub(rb"[\x00-\x1f]", lambda match: b"\\u%04x" % match[0][0], content)
-                value = b"null" if reason == "null" else b'"%b"' % escaped
-                (text / f"{i:02d}.jsonl").write_bytes(content if reason == "not_json" else b'{"text": %b}' % value)
+                value = {"null": b"null", "not_text": content}.get(reason, b'"%b"' % escaped)
+                line = content if reason in ("not_json", "no_column") else b'{"text": %b}' % value
+                with (text / "a.jsonl").open("ab") as file:
+                    file.write(line + b"\n")
         if kind == "parquet":
             values = [None if reason == "null" else content for reason, content in documents]
             pq.write_table(pa.table({"text": pa.array(values, pa.binary())}), text / "a.parquet", row_group_size=5)
@@ -637,3 +650,25 @@ def test_what_is_held_out_is_a_share_that_knows_its_bounds(
     assert all(n < total / 10 for n in taken)
     if shards <= 8 and most > total and max(lengths) < total / 10:
         assert abs(len(taken) - share * len(lengths)) <= shards
+
+
+def test_what_rows_leaves_out_and_a_folder_that_grows_are_told(tmp_path: Path, tokenizer: Storage) -> None:
+    chats = tmp_path / "chats"
+    chats.mkdir()
+    lines = [json.dumps({"prompt": f"{i}?", "response": "fox"}) + "\n" for i in range(30)]
+    (chats / "a.jsonl").write_text("".join(lines))
+    parts = {"own": Part(source=str(chats), rows=20, repeats=2)}
+    ours = Tokenizer.load(Path(tokenizer.uri))
+    made = ingest_mixture(tmp_path / "sft", "sft", parts, ours, ROW_LEN, 1, 0)["parts"]["own"]
+    assert (made["read"], made["left_out"]["beyond_rows"]) == (60, 20)
+    context = context_of(tmp_path / "run", tokenizer)
+    data = DataConfig(corpus="synthetic", gsm8k="none", sft=parts)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def grown(*arguments: Any) -> dict[str, Any]:
+            (chats / "b.jsonl").write_text(lines[0])
+            return ingest_mixture(*arguments)
+
+        patch.setattr(conversations, "ingest_mixture", grown)
+        with pytest.raises(ValueError, match=r"b\.jsonl is not what it was when the files were listed"):
+            conversations.run(context, data, ROW_LEN - 1, 0)

@@ -112,7 +112,7 @@ def test_what_a_source_lacks_is_named(tmp_path: Path, numbered: str) -> None:
         part = Part(source=str(rows), format=format_)
         (fault,) = (found for name, found in mixture({"ok": Part(source=numbered), "x": part}, 0) if name == "x")
         assert isinstance(fault, UnusableError) and fault.reason == reason
-        assert re.search(rf"rows\.jsonl, record 1: not a .*instruction, output.*{lacking}", str(fault))
+        assert re.search(rf"rows\.jsonl, record 1: not a .*instruction.*, output.*{lacking}", str(fault))
     with pytest.raises(ValueError, match=r"without records: x \(.*rows"):
         mixture({"ok": Part(source=numbered), "x": Part(source=str(rows), format="spelling")}, 0)
     write(tmp_path / "train.jsonl", [{"question": "a"}])

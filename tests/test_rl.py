@@ -305,7 +305,7 @@ def test_the_learner_is_held_to_the_reference_by_the_estimator_asked_for(kl_esti
     (objective / len(estimates)).backward()
     gradients, metrics = step_of(ALONE, 4, kl_coefficient=0.3, kl_estimator=kl_estimator, ratio_cap=0)
     torch.testing.assert_close(gradients, {name: p.grad for name, p in model.named_parameters()}, atol=1e-6, rtol=1e-3)
-    assert metrics["reference_kl"] == pytest.approx(np.mean(estimates), rel=1e-4)
+    assert metrics["kl_penalty"] == pytest.approx(np.mean(estimates), rel=1e-4)
 
 
 def test_a_second_update_is_clipped_against_the_policy_before_the_first() -> None:
