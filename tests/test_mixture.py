@@ -116,7 +116,7 @@ def test_what_a_source_lacks_is_named(tmp_path: Path, numbered: str) -> None:
     with pytest.raises(ValueError, match=r"without records: x \(.*rows"):
         mixture({"ok": Part(source=numbered), "x": Part(source=str(rows), format="spelling")}, 0)
     write(tmp_path / "train.jsonl", [{"question": "a"}])
-    with pytest.raises(ValueError, match=r"train\.jsonl: a row has question;"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, row 1: it has question \(str\);"):
         list(mixture({"x": Part(source=str(tmp_path), format="gsm8k")}, 0))
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"without records: x \(.*empty\.jsonl"):
