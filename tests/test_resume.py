@@ -43,18 +43,18 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_been(line: Run, tmp_path: Path
 
 def test_a_stage_that_raises_leaves_the_others_done_and_only_it_is_made_again(line: Run, tmp_path: Path) -> None:
     run = line.branch(tmp_path, "tokenizer")
-    damaged = tmp_path / "damaged.parquet"
-    damaged.write_text("no Parquet")
-    failed = run.go("--until", "base", "--corpus", str(damaged))
-    one_clear_message(failed, "stage ingest failed", str(damaged), "run the same command again")
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_text("no JSON\n")
+    failed = run.go("--only", "conversations", "--chat", str(damaged))
+    one_clear_message(failed, "stage conversations failed", str(damaged), "1 not JSON", "run the same command again")
     states = run.states()
-    assert states["tokenizer"] == "done" and states["ingest"] == "failed" and states["base"] == "fresh"
+    assert states["tokenizer"] == "done" and states["conversations"] == "failed" and states["base"] == "fresh"
     before = run.manifests()
     assert set(before) == {"tokenizer"}
-    result = run.go("--only", "ingest")
+    result = run.go("--only", "conversations")
     assert result.code == 0, result.output
     made = run.manifests()
-    assert set(made) == {"tokenizer", "ingest"} and made["tokenizer"] == before["tokenizer"]
-    ingested = line.path / "ingest"
-    for file in (path for path in ingested.rglob("*") if path.is_file() and path.name != "manifest.json"):
-        assert (run.path / "ingest" / file.relative_to(ingested)).read_bytes() == file.read_bytes()
+    assert set(made) == {"tokenizer", "conversations"} and made["tokenizer"] == before["tokenizer"]
+    whole = line.path / "conversations"
+    for file in (path for path in whole.rglob("*") if path.is_file() and path.name != "manifest.json"):
+        assert (run.path / "conversations" / file.relative_to(whole)).read_bytes() == file.read_bytes()
