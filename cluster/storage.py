@@ -343,6 +343,12 @@ class Storage:
         files = [i for i in found if i.type == fs.FileType.File and not i.base_name.startswith(TEMPORARY)]
         return {i.path[len(full) :].lstrip("/"): i.size for i in files}
 
+    def sweep(self) -> None:
+        """Removes the unfinished files of writers that were killed; only for the one that alone writes here."""
+        if (root := self.local_path) is not None:
+            for left in root.rglob(f"{TEMPORARY}*"):
+                left.unlink(missing_ok=True)
+
     def folders(self) -> Iterator[str]:
         """The names of the folders right below."""
         filesystem, full = self._at("")

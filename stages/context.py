@@ -106,6 +106,7 @@ class StageContext:
         self.storage.delete(manifest.CHECKPOINTS)
         for path in (PROGRESS, SOURCES, TRACEBACK):
             self.storage.delete(path)
+        self.storage.sweep()
 
     def note(self, text: str) -> None:
         """Tells the user something once: the terminal shows it, and `fathom status --json` has it."""

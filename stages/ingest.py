@@ -104,6 +104,7 @@ def run(context: StageContext, data: DataConfig, config: IngestConfig, sequence_
         context.storage.delete(folder)
     for path in context.storage.list().keys() - {e.path for e in entries} - {manifest.MANIFEST}:
         context.storage.delete(path)  # what killed attempts left, too
+    context.storage.sweep()
 
 
 def ingest_corpus(

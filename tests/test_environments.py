@@ -349,15 +349,14 @@ def test_a_bug_that_comes_with_an_answer_fails_rl_and_harms_nothing(line: Run, t
 
 
 def test_problems_without_room_for_an_answer_are_neither_trained_on_nor_measured(line: Run, tmp_path: Path) -> None:
-    """RL has as many steps as the others are for, and the user is told."""
+    """And the user is told."""
     run, file = line.branch(tmp_path, "tokenizer", "ingest", "base", "conversations", "mid", "sft"), tmp_path / "own.py"
-    one_pass = {name: value for name, value in SETTINGS.items() if name != "rl.steps"}
     head = HEAD.replace("[Problem('question', 'answer')]", "[Problem(f'{n} ' * n**2, '') for n in range(16)]")
     file.write_text(head + "def grade(problem, completion):\n    return {'reward': float(problem.question == '')}\n")
     settings = {"rl.environment": file, "rl.prompts_per_step": 2, "rl.require_signal": False}
     settings |= {"rl.engine": "torch", "evaluate.engine": "torch", "evaluate.problems": 16}
     settings |= {"rl.eval_every": 1, "rl.eval_problems": 16, "rl.max_new_tokens": 4, "evaluate.max_new_tokens": 4}
-    run = replace(run, settings=["--preset", "demo", "--with-rl", *flags(one_pass | settings)])
+    run = replace(run, settings=[*run.settings, *flags(settings)])
     for stage in ("evaluate_sft", "rl"):
         result = run.go("--only", stage, seconds=300)
         assert result.code == 0, result.output
@@ -367,4 +366,4 @@ def test_problems_without_room_for_an_answer_are_neither_trained_on_nor_measured
     assert 4 <= left == 16 - metrics["evaluate_sft"]["problems_left_out"] < 16
     records = run.records("rl")
     assert {record["val_problems"] for record in records if "val_problems" in record} == {left}
-    assert len([record for record in records if "reward" in record]) == left // 2
+    assert len([record for record in records if "reward" in record]) == SETTINGS["rl.steps"]

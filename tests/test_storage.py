@@ -406,3 +406,18 @@ def test_a_temporary_folder_without_room_is_named(tmp_path: Path, monkeypatch: A
     monkeypatch.setattr(scratch, "FULL_BYTES", 1 << 62)  # as if nothing were left
     with pytest.raises(StorageError, match=r"is full: base has .*TMPDIR"), scratch.scratch("base"):
         raise CheckpointException("save", {0: (RuntimeError("unexpected pos"), traceback.StackSummary())})
+
+
+def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "stage")
+    storage.write_bytes("deep/kept", b"1")
+    program = (
+        "import os, signal, sys\nfrom cluster.storage import Storage\n"
+        "with Storage(sys.argv[1]).open_write('deep/lost') as file:\n"
+        "    file.write(b'2'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program, storage.uri], cwd=Path(__file__).parent.parent, check=False)
+    there = [path for path in (tmp_path / "stage").rglob("*") if path.is_file()]
+    assert len(there) == 2, "the file that was being written"
+    storage.sweep()
+    assert [path for path in (tmp_path / "stage").rglob("*") if path.is_file()] == [tmp_path / "stage/deep/kept"]
