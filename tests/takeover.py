@@ -52,6 +52,7 @@ def main() -> int:
         second.until(lambda: time.monotonic() - stopped > STOPPED_SECONDS, 2 * STOPPED_SECONDS)
         first.process.send_signal(signal.SIGCONT)
         ended = first.finish(60)
+        second.until(lambda: len({holder for _, holder, _ in writes}) > 1, 120)
         second.until(lambda: time.monotonic() - stopped > STOPPED_SECONDS + 10, 60)
         second.kill()
         over.set()
