@@ -35,7 +35,7 @@ SMALLER = {
     "probe --preset demo ": "probe --preset smoke --device-batch 1,2 ",
     "plan --preset demo --gpus cpu": "plan --preset smoke --gpus cpu",
     "--depth 4 --vocab 8192 --seq 512 --device-batch 16": "--depth 1 --vocab 512 --seq 64 --steps 2",
-    "bench.kernels ": "bench.kernels --only norm --tokens 64 ",
+    "bench.kernels ": "bench.kernels --tokens 512 --vocab 512 --width 64 ",
     "bench.checkpoint ": "bench.checkpoint --depth 1 --vocab 512 --seq 64 --device-batch 1 --steps-between 2 ",
     "bench.plan_vs_measured ": "bench.plan_vs_measured --steps 1 --rounds 1 ",
     "bench.ingest ": "bench.ingest --megabytes 4 --vocab 512 --seq 128 --out ingest.json ",
