@@ -297,7 +297,7 @@ def test_gsm8k_faults_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train\.jsonl"):
         GSM8K(str(tmp_path)).problems("train")
     (tmp_path / "test.jsonl").write_text('{"q": "x", "a": "y"}\n')
-    with pytest.raises(ValueError, match="a row has q, a"):
+    with pytest.raises(ValueError, match=r"test\.jsonl, row 1: it has q \(str\), a \(str\)"):
         GSM8K(str(tmp_path)).problems("test")
 
 
