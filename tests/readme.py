@@ -40,7 +40,7 @@ SMALLER = {
     "bench.plan_vs_measured ": "bench.plan_vs_measured --steps 1 --rounds 1 ",
     "bench.ingest ": "bench.ingest --megabytes 4 --vocab 512 --seq 128 --out ingest.json ",
     "bench.rl ": "bench.rl --depth 1 --vocab 512 --seq 128 --prompts 2 --samples 2 --new-tokens 16 --calls 1 ",
-    "--tasks word_problems ": "--tasks word_problems --limit 4 ",
+    "--tasks word_problems ": "--tasks word_problems --limit 4 --gen_kwargs max_gen_toks=32 ",
     "--preset demo --name job1": f"--preset demo --name job1 {SHORT} --until base",
 }
 PLACES = {
