@@ -194,7 +194,7 @@ def records_and_faults(spec: str, split: str = "train") -> Iterator[dict[str, An
                 yield UnusableError("too_long", f"{uri}, line {number} has more than {MAX_LINE:,} bytes")
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line.decode("utf-8-sig", "surrogatepass"))
                 if _MAYBE_SURROGATE.search(line):
                     row = json.loads(valid(json.dumps(row, ensure_ascii=False)))
             except UnicodeDecodeError as error:
@@ -347,7 +347,7 @@ def _jsonl_values(unit: Unit, counts: Counter[str]) -> Iterator[tuple[int, objec
     uri, column, first = unit["uri"], unit["column"], not unit.get("start")
     for number, line in _lines(uri, unit.get("start", 0), unit.get("stop")):
         try:
-            row = json.loads(line.decode("utf-8-sig")) if line else None
+            row = json.loads(line.decode("utf-8-sig", "surrogatepass")) if line else None
         except UnicodeDecodeError:
             counts["invalid_utf8"] += 1
             continue

@@ -145,7 +145,9 @@ def test_bad_lines_are_counted(tmp_path: Path) -> None:
     ]  # fmt: skip
     found, counts = read(write_lines(tmp_path / "a.jsonl", lines))
     assert [(document.text, document.line) for document in found] == [("kept", 2), ("\u2028 last", len(lines))]
-    assert counts == {"not_json": 3, "null": 3, "empty": 1, "invalid_utf8": 2, "binary": 2}
+    assert counts == {
+        **{"not_json": 3, "null": 1, "not_text": 1, "no_column": 1, "empty": 1, "invalid_utf8": 2, "binary": 2}
+    }
 
 
 def test_a_line_too_long_to_be_parsed_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
