@@ -281,7 +281,7 @@ def test_records_of_every_form_are_read() -> None:
         ("assistant", "b"),
         ("robot", "c"),
     ]
-    with pytest.raises(ValueError, match="the row has answer, question"):
+    with pytest.raises(ValueError, match=r"the row has answer \(str\), question \(str\)"):
         from_record({"question": "a", "answer": "b"})
 
 
