@@ -233,6 +233,8 @@ class RunStore:
         unclaimed = self.storage
         self.storage, self._claim = unclaimed.mark(claim.token), claim
         claim.storage = self.storage
+        with self._alone():
+            self.storage.sweep()
         beating = threading.Thread(target=claim.beat_on, daemon=True, name="claim")
         beating.start()
         try:

@@ -15,7 +15,7 @@ import pytest
 
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
-from cluster.storage import FencedError, Storage, StorageError
+from cluster.storage import TEMPORARY, FencedError, Storage, StorageError
 from pipeline import artifacts
 from pipeline.artifacts import CLAIM, RunHeldError, RunStore
 from pipeline.config import identity_of, load_config
@@ -190,6 +190,16 @@ def test_what_force_replaces_stays_until_its_successor_is_there(store: RunStore)
         assert store.settle() == []
     assert store.state("base", {"n": 2}, {}).state == "done"
     assert not store.storage.list(".set-aside")
+
+
+def test_a_claim_sweeps_what_a_killed_process_was_writing(store: RunStore) -> None:
+    folder = Path(store.storage.uri)
+    (folder / "base").mkdir(parents=True)
+    left = [folder / f"{TEMPORARY}1", folder / "base" / f"{TEMPORARY}2"]
+    for path in left:
+        path.write_text("{")
+    with store.claim():
+        assert not any(path.exists() for path in left)
 
 
 def test_a_forced_ingest_that_made_shards_keeps_them(store: RunStore) -> None:
