@@ -238,13 +238,17 @@ def local_files(spec: str, split: str = "train", kinds: Sequence[str] = KINDS) -
 
     Raises FileNotFoundError when nothing matches, ValueError for a file of another kind.
     """
-    elsewhere = spec == SYNTHETIC or spec in CORPORA or spec.startswith("hub:") or "://" in spec
-    return None if elsewhere else _files(spec, split, kinds)
+    return None if _is_named(spec) or "://" in spec else _files(spec, split, kinds)
+
+
+def _is_named(spec: str) -> bool:
+    """Whether it names no place: what is made here, or a data set of the hub."""
+    return spec == SYNTHETIC or spec in CORPORA or spec.startswith("hub:")
 
 
 def stamps(spec: str, split: str = "train", kinds: Sequence[str] = KINDS) -> dict[str, tuple[int, int]]:
     """Size and time of change of every file that records are read from; {} for a hub's, named with their commit."""
-    if spec == SYNTHETIC or spec in CORPORA or spec.startswith("hub:"):
+    if _is_named(spec):
         return {}
     found = {}
     for uri in _files(spec, split, kinds):
@@ -259,7 +263,7 @@ def skipped_files(spec: str, kinds: Sequence[str] = KINDS) -> Counter[str]:
     begins with a dot or an underscore, `empty`, as Parquet or JSONL of no bytes holds no record, `broken`, a link to
     nothing, or `other`, of a kind that cannot serve."""
     skipped: Counter[str] = Counter()
-    if spec != SYNTHETIC and spec not in CORPORA and not spec.startswith("hub:"):
+    if not _is_named(spec):
         _files(spec, kinds=kinds, skipped=skipped)
     return skipped
 

@@ -13,7 +13,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.scaling import characters_per_token
 from stages.config import NONE
 from tasks.gsm8k import GSM8K
-from tasks.mixture import Part
+from tasks.mixture import Part, spec_of
 
 PLAIN = (".txt", ".jsonl")
 COMPRESSED = 0.4  # bytes a character of compressed text, about
@@ -43,16 +43,9 @@ def _inputs(config: Config, stages: Collection[str]) -> Iterator[tuple[str, str,
             yield "--gsm8k", GSM8K(data.gsm8k).spec(split), ROW_KINDS, split
     for stage, parts in (("mid", data.mid), ("sft", data.sft)):
         for name, part in parts.items():
-            if (spec := _spec(part)) is not None:
+            if (spec := spec_of(part)) is not None:
                 flag = {data.chat: "--chat", data.gsm8k: "--gsm8k"}.get(part.source, f"data.{stage}.{name}.source")
                 yield flag, spec, ROW_KINDS, part.split
-
-
-def _spec(part: Part) -> str | None:
-    """Where the records of a part are; None where they are made here, or from a list of words."""
-    if part.format == "spelling" or part.source == SYNTHETIC:
-        return None
-    return GSM8K(part.source).spec(part.split) if part.format == "gsm8k" else part.source
 
 
 def characters(spec: str, split: str = "train", kinds: tuple[str, ...] = KINDS) -> float | None:
@@ -97,6 +90,6 @@ def proportions(config: Config, stages: Collection[str], tokens: int | None = No
 
 def _part_tokens(part: Part, per_token: float) -> float | None:
     """About how many tokens a part has; None where its size is not known, or it is not used whole."""
-    spec = _spec(part)
+    spec = spec_of(part)
     held = None if spec is None or part.rows else characters(spec, part.split, ROW_KINDS)
     return None if held is None else part.repeats * held / per_token

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from corpus.conversation import from_record
 from corpus.left_out import UnusableError
-from corpus.sources import SYNTHETIC, count_records, records_and_faults
+from corpus.sources import ROW_KINDS, SYNTHETIC, count_records, local_files, records_and_faults
 from corpus.synthetic import Split
 from tasks import base, choices, spelling
 from tasks.arithmetic import Arithmetic
@@ -107,11 +107,19 @@ def sizes(parts: dict[str, Part]) -> dict[str, int]:
     return counts
 
 
+def spec_of(part: Part) -> str | None:
+    """Where the records of a part are; None where they are made here, or from a list of words."""
+    if part.format == "spelling" or part.source == SYNTHETIC:
+        return None
+    return GSM8K(part.source).spec(part.split) if part.format == "gsm8k" else part.source
+
+
 def beyond(part: Part) -> int:
-    """How many records a part's `rows` leaves out, of those its source has."""
-    if part.rows is None or part.source == SYNTHETIC or part.format == "spelling":
+    """How many records a part's `rows` leaves out, of those its files on this machine have: elsewhere they would all be
+    fetched to be counted."""
+    spec = spec_of(part)
+    if part.rows is None or spec is None or local_files(spec, part.split, ROW_KINDS) is None:
         return 0
-    spec = GSM8K(part.source).spec(part.split) if part.format == "gsm8k" else part.source
     return part.repeats * max(0, count_records(spec, part.split) - part.rows)
 
 
@@ -128,8 +136,7 @@ def _records(part: Part) -> int:
     if part.format == "spelling":
         count = len(spelling.read_words(part.source))
     else:
-        spec = GSM8K(part.source).spec(part.split) if part.format == "gsm8k" else part.source
-        count = count_records(spec, part.split, part.rows)
+        count = count_records(spec_of(part) or part.source, part.split, part.rows)
     return min(count, part.rows or count)
 
 

@@ -27,7 +27,7 @@ from corpus.tokenizers import Tokenizer
 from tasks import choices, spelling
 from tasks.base import NumberProblems, Problem, conversation_of
 from tasks.gsm8k import GSM8K
-from tasks.mixture import Part, conversations, mixture, sizes
+from tasks.mixture import Part, beyond, conversations, mixture, sizes
 
 RECORDS = 60
 
@@ -296,3 +296,9 @@ def test_the_default_mixtures_are_nanochats(monkeypatch: pytest.MonkeyPatch) -> 
         "mid": {"smoltalk": 460_000, "mmlu": 99_842, "gsm8k": 7_473},
         "sft": {"arc_easy": 2_251, "arc_challenge": 1_119, "gsm8k": 7_473, "smoltalk": 10_000},
     }
+
+
+def test_what_rows_leaves_out_is_counted_only_where_nothing_must_be_fetched(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}] * 5)
+    assert beyond(Part(source=str(tmp_path / "a.jsonl"), rows=2, repeats=3)) == 9
+    assert beyond(Part(source="hub:nobody/nothing", rows=2)) == beyond(Part(source="s3://nowhere/a.jsonl", rows=2)) == 0
