@@ -71,7 +71,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 def ray_here() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
 

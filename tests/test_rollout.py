@@ -141,7 +141,7 @@ def evaluate():
         own = [Holder.options(scheduling_strategy=places).remote() for _ in range(2)]
         found.extend(sorted(gpu for actor in own for gpu in ray.get(actor.gpus.remote())))
 
-ray.init(num_cpus=1, num_gpus=2, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=1, num_gpus=2, include_dashboard=False, log_to_driver=False)
 found, other = [], Holder.remote()
 ray.get(other.gpus.remote())
 thread = threading.Thread(target=evaluate)
