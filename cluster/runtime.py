@@ -14,7 +14,9 @@ from collections.abc import Callable
 import psutil
 import ray
 from ray._private import ray_constants
+from ray._raylet import AuthenticationMode, get_authentication_mode
 
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # off: 127.0.0.1 stays what it is, as on those two
 WORKER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a report waits for the next: at Ray's default it costs two seconds
     "MALLOC_ARENA_MAX": "1",  # see stages.training.parallel.keep_freed_memory
@@ -46,9 +48,13 @@ def connect(debug: bool = False) -> str | None:
     runtime_env: dict[str, object] = {"env_vars": _worker_env()}
     if private:
         # As Ray does on macOS and Windows: its node is 127.0.0.1 then, which every process of it binds. An address
-        # given to ray.init would not do, since Ray makes this machine's public one of a loopback address. What is left
-        # is the store in which training workers meet: torch binds it to every interface.
+        # given to ray.init would not do, since Ray makes this machine's public one of a loopback address; so would the
+        # processes that Ray starts, such as the dashboard's, without the variable. What is left is the store in which
+        # training workers meet: torch binds it to every interface.
+        os.environ[LOOPBACK] = "0"
         ray_constants.ENABLE_RAY_CLUSTER = False
+        # For the dashboard's Train page. Elsewhere its actor would outlive the job, and not the hook below.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     else:  # workers of a private cluster inherit this process's environment
         runtime_env["worker_process_setup_hook"] = _environment_hook()
     try:
@@ -112,6 +118,11 @@ def _watch_head(node: ray._private.node.Node) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     os._exit(1)
+
+
+def token_asked() -> bool:
+    """Whether the connected cluster lets nobody in without its token, the dashboard's readers neither."""
+    return bool(get_authentication_mode() == AuthenticationMode.TOKEN)
 
 
 def _dashboard_url(host: str | None) -> str | None:

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     if not arguments or arguments[0] not in COMMANDS:
+        if arguments:
+            print(f"fathom: there is no command {arguments[0]!r}", file=sys.stderr)
         print(HELP, end="", file=sys.stderr)
         return 2
     name, *rest = arguments

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NoReturn, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
@@ -107,11 +107,9 @@ class About(Section):
 
 
 def stage_names(config: Config) -> list[str]:
-    """The stages of a run in order, each evaluation after what it measures; without problems none are asked, and
-    without conversations a run only pretrains."""
+    """The stages of a run in order, each evaluation after what it measures; without conversations a run only
+    pretrains."""
     left_out = set() if config.with_rl else {"rl", "evaluate_rl"}
-    if not has_problems(config):
-        left_out |= {"evaluate_mid", "evaluate_sft", "evaluate_rl"}
     if not (config.data.mid or config.data.sft):
         left_out |= {*STAGE_NAMES[STAGE_NAMES.index("conversations") :]}
     return [name for name in STAGE_NAMES if name not in left_out]
@@ -125,7 +123,7 @@ def select(
         if value is not None and value not in names:
             why = ""
             if value in STAGE_NAMES:
-                why = " (stages after evaluate_base need --chat or --gsm8k, evaluations of them --gsm8k, RL --with-rl)"
+                why = " (stages after evaluate_base need --chat or --gsm8k, RL --with-rl)"
             raise ConfigError(f"{flag} {value}: this run has no such stage; it has {', '.join(names)}{why}")
     start = names.index(first) if first else 0
     stop = names.index(last) + 1 if last else len(names)
@@ -157,9 +155,15 @@ def has_problems(config: Config) -> bool:
     return config.data.gsm8k != NONE or config.rl.environment is not None
 
 
+def measures_text(stage: str, config: Config) -> bool:
+    """Whether a stage measures bits per byte of held-out text: of the corpus, or of conversations where no problems are
+    there to ask."""
+    return stage == "evaluate_base" or (stage.startswith("evaluate_") and not has_problems(config))
+
+
 def identity_of(stage: str, config: Config) -> dict[str, Any]:
     """The fields that define a stage's own work, nested by section; what it is fed enters as upstream digests."""
-    if stage == "evaluate_base":
+    if measures_text(stage, config):
         return {}
     identity: dict[str, Any] = {"seed": config.seed}
     if stage == "tokenizer":
@@ -490,6 +494,26 @@ def _fault(error: Any) -> str:
     return f"{name}: {message}" if of_section else f"{name} = {error['input']!r}: {message}"
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong argument in one line that says what to give in its place."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = message.removeprefix("unrecognized arguments: ")
+        if wrong != message:
+            message = f"there is no {wrong.split()[0]}{_in_place_of(wrong.split()[0])}"
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` shows what there is\n")
+
+
+def _in_place_of(argument: str) -> str:
+    """What may have been meant by an argument that there is not: a preset, or keys for --set."""
+    if argument in preset_names():
+        return f": a preset is given as --preset {argument}"
+    name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+    keys = [key for key in dotted_keys() if name in key.rpartition(".")[2]]
+    keys = keys or difflib.get_close_matches(name, dotted_keys(), n=4)
+    return f": settings are given as --set KEY=VALUE; the nearest are {', '.join(keys[:4])}" if keys else ""
+
+
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `run` and `plan` share; one not given leaves the preset's or derived value."""
     parser.add_argument(
@@ -497,7 +521,11 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="start from a preset, which `fathom presets` lists, or from a TOML file of your own, such as ./mine.toml",
     )
-    parser.add_argument("--depth", type=int, help="the dial: layers; width, tokens and batch follow")
+    parser.add_argument(
+        "--depth",
+        type=int,
+        help="how deep the model is, in layers; its width, tokens and batch size follow from this one number",
+    )
     parser.add_argument("--family", choices=get_args(Family), help="architecture (default depth, which is nanochat's)")
     parser.add_argument("--hours", type=float, help="train base for this long, the decay ending with it")
     parser.add_argument("--budget-usd", type=float, help="train base for this much, with --usd-per-worker-hour")
@@ -516,7 +544,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", help="bpe (trained here), gpt2, cl100k_base, o200k_base, chars, or a tokenizer's file"
     )
     parser.add_argument(
-        "--chat", help="conversations for mid and sft: JSONL or Parquet, hub:<dataset>, or none (default: a mixture)"
+        "--chat",
+        help="conversations for mid and sft: JSONL or Parquet, hub:<dataset>, or none (default: nanochat's mixture)",
     )
     parser.add_argument("--gsm8k", help="folder with train.jsonl and test.jsonl, hub:openai/gsm8k, synthetic, or none")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key; repeatable")

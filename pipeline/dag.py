@@ -18,12 +18,12 @@ from cluster.resources import Devices
 from cluster.scratch import sweep
 from cluster.storage import StorageError
 from pipeline.artifacts import RunStore, StageState
-from pipeline.config import Config, identity_of
+from pipeline.config import Config, identity_of, measures_text
 from pipeline.faults import said
 from stages.context import GROWING, PROGRESS, STOP, TRACEBACK, Progress, StageContext, Stopped
 from tasks import environments
 
-# What each stage reads: a stage, or a folder of its artifact. Only these enter its fingerprint.
+# What each stage reads, as `reads` says: a stage, or a folder of its artifact. Only these enter its fingerprint.
 UPSTREAM = {
     "tokenizer": (),
     "ingest": ("tokenizer",),
@@ -54,16 +54,24 @@ class Planned:
     action: str
 
 
-def upstream_names(name: str) -> list[str]:
-    return [part.partition(":")[0] for part in UPSTREAM[name]]
+def reads(name: str, config: Config) -> tuple[str, ...]:
+    """The parts that a stage reads; an evaluation without problems reads held-out conversations in their place."""
+    source = name.removeprefix("evaluate_")
+    if source != "base" and measures_text(name, config):
+        return ("tokenizer", f"conversations:{source}", source)
+    return UPSTREAM[name]
+
+
+def upstream_names(name: str, config: Config) -> list[str]:
+    return [part.partition(":")[0] for part in reads(name, config)]
 
 
 def upstream_digests(
-    store: RunStore, name: str, reused: Mapping[str, Manifest] = MappingProxyType({})
+    store: RunStore, config: Config, name: str, reused: Mapping[str, Manifest] = MappingProxyType({})
 ) -> dict[str, str] | None:
     """The digest of every part that a stage reads; None while one of them is neither made nor to be `reused`."""
     digests = {}
-    for part in UPSTREAM[name]:
+    for part in reads(name, config):
         stage, _, prefix = part.partition(":")
         manifest = reused.get(stage) or manifests.read(store.stage(stage))
         if manifest is None:
@@ -88,11 +96,12 @@ def plan(
         if name in force:
             planned[name] = Planned(StageState(name, "forced"), "run" if name in selected else "")
             continue
-        remade = any(planned[u].action in ("run", "resume", "check") for u in upstream_names(name))
+        remade = any(planned[u].action in ("run", "resume", "check") for u in upstream_names(name, config))
         if name in reused:
             planned[name] = Planned(StageState(name, "fresh"), "check" if remade and name in selected else "reuse")
             continue
-        state = store.state(name, identity_of(name, config), None if remade else upstream_digests(store, name, reused))
+        digests = None if remade else upstream_digests(store, config, name, reused)
+        state = store.state(name, identity_of(name, config), digests)
         if name not in selected:
             planned[name] = Planned(state, "")
             continue
@@ -108,7 +117,8 @@ def plan(
             f"make it again with --force {' --force '.join(changed)}, or keep it and start a new run with --name NAME"
         )
     for name in selected:
-        missing = [u for u in upstream_names(name) if planned[u].state.state != "done" and not planned[u].action]
+        upstream = [planned[u] for u in upstream_names(name, config)]
+        missing = [item.state.name for item in upstream if item.state.state != "done" and not item.action]
         if missing and planned[name].action != "skip":
             raise StageError(f"{name} reads {missing[0]}, which is not made yet: run that first (--from {missing[0]})")
     return list(planned.values())
@@ -123,7 +133,7 @@ def reusable(store: RunStore, other: RunStore, config: Config, names: Sequence[s
         raise StageError(f"--reuse-from {other.run}: there is no such run in {other.storage.uri}")
     found: dict[str, Manifest] = {}
     for name in names:
-        digests = upstream_digests(store, name, found)
+        digests = upstream_digests(store, config, name, found)
         manifest = manifests.read(other.stage(name))
         if digests is None or manifest is None or manifests.read(store.stage(name)) is not None:
             continue
@@ -149,7 +159,8 @@ def submit(
     Raises EnvironmentFault before anything is changed, where the user's environment does not even begin to work. Then
     the artifacts of the stages in `force` are set aside.
     """
-    asking = any("conversations:task" in UPSTREAM[p.state.name] for p in planned if p.action not in ("", "skip"))
+    to_do = [item.state.name for item in planned if item.action not in ("", "skip")]
+    asking = any("conversations:task" in reads(name, config) for name in to_do)
     if config.rl.environment and asking:
         environments.check(config.rl.environment, config.rl.environment_timeout)
     for name in force:
@@ -159,19 +170,15 @@ def submit(
     # Ray Train asks the state API whether its controller lives, and without an address the API may answer for another
     # Ray on this machine, where there is no such actor: the workers would be taken down as orphans.
     env = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
-    for item in planned:  # what an earlier attempt said of its end
-        if item.action not in ("", "skip"):
-            for path in (PROGRESS, TRACEBACK):
-                store.stage(item.state.name).delete(path)
-    for item in planned:
-        name = item.state.name
-        if item.action in ("", "skip"):
-            continue
-        waits = {u: references[u] for u in upstream_names(name) if u in references}
+    for name in to_do:  # what an earlier attempt said of its end
+        for path in (PROGRESS, TRACEBACK):
+            store.stage(name).delete(path)
+    for name in to_do:
+        waits = {u: references[u] for u in upstream_names(name, config) if u in references}
         overlap = config.ingest.overlap if config.ingest.overlap is not None else devices.kind == "cuda"
         if name == "base" and overlap and "ingest" in waits and may_begin_on_part(store):
             del waits["ingest"]
-        gpus = 1 if devices.kind == "cuda" and name == "evaluate_base" else 0
+        gpus = 1 if devices.kind == "cuda" and measures_text(name, config) else 0
         task = run_stage.options(name=f"stage:{name}", num_cpus=0, num_gpus=gpus, max_retries=0, runtime_env=env)
         references[name] = task.remote(name, config, devices, token, *waits.values())
     return references
@@ -187,7 +194,7 @@ def may_begin_on_part(store: RunStore) -> bool:
 
 def digests_on_part(store: RunStore, config: Config) -> dict[str, str]:
     """What base reads while ingest is at work: a fingerprint in place of the digest that is not known yet."""
-    of_tokenizer = upstream_digests(store, "ingest")
+    of_tokenizer = upstream_digests(store, config, "ingest")
     assert of_tokenizer is not None
     fingerprint = manifests.fingerprint(identity_of("ingest", config), of_tokenizer)
     return of_tokenizer | {"ingest:base": GROWING + fingerprint}
@@ -198,7 +205,7 @@ def run_stage(name: str, config: Config, devices: Devices, token: str, *waits_fo
     """One stage, in a Ray task, which writes under the claim of `token`. `waits_for` are the stages it reads: Ray
     starts it when they are done."""
     store = RunStore(config.storage, config.name, token)
-    digests = upstream_digests(store, name)
+    digests = upstream_digests(store, config, name)
     if digests is None:  # base, beside an ingest that is at work
         digests = digests_on_part(store, config)
     identity = identity_of(name, config)
@@ -213,7 +220,7 @@ def run_stage(name: str, config: Config, devices: Devices, token: str, *waits_fo
         run=config.name,
         stage=name,
         storage=store.stage(name),
-        upstream={u: store.stage(u) for u in upstream_names(name)},
+        upstream={u: store.stage(u) for u in upstream_names(name, config)},
         identity=identity,
         upstream_digests=digests,
     )
@@ -260,8 +267,11 @@ def execute(context: StageContext, config: Config, devices: Devices) -> None:
     elif name.startswith("evaluate_"):
         from stages import evaluate
 
-        file, timeout = config.rl.environment, config.rl.environment_timeout
-        evaluate.run(context, name.removeprefix("evaluate_"), config.evaluate, file, timeout, config.seed, devices)
+        source, file, timeout = name.removeprefix("evaluate_"), config.rl.environment, config.rl.environment_timeout
+        if measures_text(name, config):
+            evaluate.run_text(context, source, devices)
+        else:
+            evaluate.run(context, source, config.evaluate, file, timeout, config.seed, devices)
     else:
         from stages import train
 

@@ -29,6 +29,7 @@ from corpus.rows import ROWS_FILE, Rows
 from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
 from pipeline.config import STAGE_NAMES, add_storage_flag, stage_names
+from pipeline.terminal import say, show, width_of
 from stages.context import StageContext
 from stages.growing import NOTES, PLAN, SPLITS, Plan, holder_of, open_rows
 
@@ -44,7 +45,7 @@ FIGURES = {
     "rows": "rows",
     "validation_rows": "validation rows",
     "validation_share": "validation tokens",
-    "cropped_share": "cropped tokens",
+    "cropped_share": "cropped: tokens in no row",
     "split": "long documents split",
 }
 BORDER, LEARNED, SPECIAL = "bold cyan", "green", "reverse"
@@ -234,11 +235,6 @@ def _finished(store: RunStore, stage: str) -> Manifest:
     raise FileNotFoundError(f"{stage} of run {store.run} is not finished ({', '.join(known)}); {advice}{error}")
 
 
-def say(console: Console, text: str, style: str = "") -> None:
-    """One line as it is, however long."""
-    console.print(Text(text, style), soft_wrap=True)
-
-
 def _colours(console: Console) -> bool:
     return console.color_system is not None and not console.no_color
 
@@ -302,31 +298,35 @@ def show_stats(stats: dict[str, Any], console: Console) -> None:
     console.print(table, highlight=False)
     if lengths := stats.get("tokens_below"):
         say(console, "\ndocuments by length", "bold")
-        console.print(_bars(bins(lengths)), highlight=False)
+        console.print(_bars(bins(lengths), width_of(console)), highlight=False)
     if read := stats.get("read"):
         say(console, "\nread", "bold")
         table = Table(box=None, pad_edge=False)
         for column in ("source", "read", "used", "left out"):
-            table.add_column(column, justify="right" if column in ("read", "used") else "left")
+            table.add_column(column, justify="right" if column in ("read", "used") else "left", no_wrap=True)
+        lines = []
         for source, counts in read.items():
-            numbers = (f"{counts[key]:,}" for key in ("read", "kept"))
-            table.add_row(source, *numbers, left_out.reasons(counts["left_out"]) or "none")
-        console.print(table, highlight=False)
+            there, used = (f"{counts[key]:,}" for key in ("read", "kept"))
+            without = left_out.reasons(counts["left_out"]) or "none"
+            table.add_row(Text(source), there, used, without)
+            lines.append(f"{source}: {there} read, {used} used; left out: {without}")
+        show(console, table, lines)
         for line in left_out.lines(read):
             say(console, line)
 
 
-def _bars(lengths: list[tuple[int, int]]) -> Table:
+def _bars(lengths: list[tuple[int, int]], width: int | None) -> Table:
     total, most = sum(count for _, count in lengths), max(count for _, count in lengths)
+    bar = max(4, min(40, (width or 80) - 40))  # the figures beside it take up to 40 columns
     table = Table(box=None, pad_edge=False)
     table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column(width=40)
-    table.add_column("documents", justify="right")
-    table.add_column("share", justify="right")
+    table.add_column(width=bar)
+    table.add_column("documents", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
     for limit, count in lengths:
         fewest = limit // 2
         of = f"{fewest:,}–{limit - 1:,}" if fewest < limit - 1 else f"{fewest}"
-        table.add_row(of, Bar(most, 0, count, width=40), f"{count:,}", f"{count / total:.1%}")
+        table.add_row(of, Bar(most, 0, count, width=bar), f"{count:,}", f"{count / total:.1%}")
     return table
 
 

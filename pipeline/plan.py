@@ -16,12 +16,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from cluster.hardware import Gpus, cpu_computes_bf16, parse_gpus
 from corpus.sources import CORPORA, SYNTHETIC, shards_needed
 from models.spec import ModelSpec
 from pipeline.config import (
     Config,
     ConfigError,
+    Parser,
     add_config_flags,
     add_stage_flags,
     check_mixtures,
@@ -36,6 +39,7 @@ from pipeline.config import (
 from pipeline.memory import GB, Layout, Memory, memory, memory_with_engine
 from pipeline.preflight import check_inputs, proportions
 from pipeline.scaling import characters_per_token, grad_accum_steps, rows_per_rank, spare_shards
+from pipeline.terminal import say
 from pipeline.timing import (
     PROMPT_TOKENS,
     RECOMPUTED,
@@ -750,7 +754,7 @@ def plan_from_args(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     from pipeline import inverse
 
-    parser = argparse.ArgumentParser(prog="fathom plan", description=__doc__, conflict_handler="resolve")
+    parser = Parser(prog="fathom plan", description=__doc__, conflict_handler="resolve")
     add_config_flags(parser)
     parser.add_argument("--family", choices=inverse.FAMILIES, help="architecture (llama2 and llama3: with --flops)")
     add_stage_flags(parser)
@@ -772,9 +776,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(numbers, indent=1))
     elif numbers["fits"] is not False:
-        print(overview(numbers))
+        say(Console(), overview(numbers))
         if "neighbours" in numbers:
-            print(inverse.neighbours_table(numbers))
+            say(Console(), inverse.neighbours_table(numbers))
     else:
         print(f"error: {next(w for w in numbers['warnings'] if w.startswith('does not fit'))}", file=sys.stderr)
     return 1 if numbers["fits"] is False else 0

@@ -29,6 +29,19 @@ def check_inputs(config: Config, stages: Collection[str]) -> None:
             local_files(spec, split, kinds)
         except (ValueError, OSError) as error:
             raise ConfigError(f"{flag}: {error}") from error
+    if "ingest" in stages:
+        check_size(config)
+
+
+def check_size(config: Config) -> None:
+    """Raises ConfigError for text of this machine that cannot fill a row, whatever the tokenizer."""
+    files, wanted = local_files(config.data.corpus, kinds=KINDS) or [], config.model.sequence_len + 1
+    size = sum(os.path.getsize(file) for file in files)
+    if files and size < wanted and all(file.lower().endswith(PLAIN) for file in files):
+        raise ConfigError(
+            f"--corpus: {config.data.corpus} holds {size:,} bytes, which do not fill one row of {wanted:,} tokens: "
+            "give more text, or a smaller --set model.sequence_len"
+        )
 
 
 def _inputs(config: Config, stages: Collection[str]) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
@@ -83,8 +96,9 @@ def proportions(config: Config, stages: Collection[str], tokens: int | None = No
         if of_mid > LONG_MID * tokens:
             steps = max(1, tokens // (config.mid.total_batch_size or 1))
             yield (
-                f"mid reads about {of_mid:,.0f} tokens, {of_mid / tokens:,.0f} times as many as base: a part may have "
-                f"fewer rows (data.mid.NAME.rows), or --set mid.steps={steps} for as many as base"
+                f"mid reads about {of_mid:,.0f} tokens, {of_mid / tokens:,.0f} times as many as base: take fewer rows "
+                f"of a part, one of its sets of conversations (data.mid.NAME.rows), or --set mid.steps={steps} for as "
+                "many as base"
             )
 
 

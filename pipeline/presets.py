@@ -8,8 +8,13 @@ import json
 import sys
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from pipeline.config import load_config, preset_about, preset_names
 from pipeline.plan import default_gpus, plan
+from pipeline.terminal import TOGETHER, say, show
 
 
 def described(name: str) -> dict[str, Any]:
@@ -41,30 +46,28 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(presets, indent=1))
         return 0
-    print_row("preset", "parameters", "tokens", "hardware", "hours", "cost", "what it is for")
+    console, lines, table = Console(), [], Table(box=None, pad_edge=False)
+    for column in ("preset", "parameters", "tokens", "hardware", "hours", "cost", "what it is for"):
+        right = column in ("parameters", "tokens", "hours", "cost")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
     for preset in presets:
         tokens, hours, cost = (preset[key] for key in ("tokens", "hours", "cost_usd"))
-        print_row(
-            preset["name"],
-            f"{preset['parameters']:,}",
-            "" if tokens is None else f"{tokens / 1e6:,.2f} M",
-            preset["gpus"],
-            "" if hours is None else f"{hours:,.1f}",
-            "" if cost is None else f"${cost:,.0f}",
-            preset["purpose"],
-        )
+        parameters, gpus, purpose = f"{preset['parameters']:,}", preset["gpus"], preset["purpose"]
+        tokens = "" if tokens is None else f"{tokens / 1e6:,.2f} M"
+        hours, cost = "" if hours is None else f"{hours:,.1f}", "" if cost is None else f"${cost:,.0f}"
+        table.add_row(Text(preset["name"]), parameters, tokens, Text(gpus), hours, cost, Text(purpose))
+        sizes = [f"{parameters} parameters", tokens and f"{tokens} tokens", gpus, hours and f"{hours} hours", cost]
+        sizes = [size.replace(" ", TOGETHER) for size in sizes if size]
+        lines += [f"{preset['name']}: {purpose or 'your own'}", f"  {', '.join(sizes)}"]
+    show(console, table, lines)
     if args.name:
         (preset,) = presets
         if preset["source"]:
-            print(f"\nsource: {preset['source']}")
+            say(console, f"\nsource: {preset['source']}")
         for title in ("corrections", "notes", "tiers"):
             if preset[title]:
-                print(f"\n{title}:", *(f"  - {line}" for line in preset[title]), sep="\n")
+                say(console, "\n".join([f"\n{title}:", *(f"  - {line}" for line in preset[title])]))
     return 0
-
-
-def print_row(name: str, parameters: str, tokens: str, gpus: str, hours: str, cost: str, purpose: str) -> None:
-    print(f"{name:<23} {parameters:>14} {tokens:>12}  {gpus:<15} {hours:>8} {cost:>9}  {purpose}")
 
 
 if __name__ == "__main__":

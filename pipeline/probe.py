@@ -30,7 +30,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.config import Config, ConfigError, add_config_flags, config_from_args
+from pipeline.config import Config, ConfigError, Parser, add_config_flags, config_from_args
 from pipeline.scaling import grad_accum_steps
 from pipeline.tracking import duration
 from stages.config import TrainConfig
@@ -428,7 +428,7 @@ def this_machine() -> Machine:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fathom probe",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -20,16 +20,18 @@ import ray
 from rich.console import Console
 
 from cluster.resources import resources
-from cluster.runtime import connect
+from cluster.runtime import connect, token_asked
 from pipeline.artifacts import Claim, RunStore
 from pipeline.config import (
     Config,
+    Parser,
     add_config_flags,
     add_stage_flags,
     as_found,
     check_mixtures,
     config_from_args,
     load_config,
+    measures_text,
     select,
     stage_names,
 )
@@ -37,6 +39,7 @@ from pipeline.dag import TRAINING, Planned, StageError, plan, reusable, reuse, s
 from pipeline.plan import outlook
 from pipeline.preflight import check_inputs, proportions
 from pipeline.status import run_states
+from pipeline.terminal import say
 from pipeline.tracking import LiveView, final_table, plan_table
 from stages.context import PROGRESS, STOP, TRACEBACK
 
@@ -45,7 +48,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM'
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fathom run", description=__doc__)
+    parser = Parser(prog="fathom run", description=__doc__)
     add_config_flags(parser)
     add_stage_flags(parser)
     parser.add_argument("--force", metavar="STAGE", action="append", default=[], help="make a stage again; repeatable")
@@ -62,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     config = config_from_args(args)
     store, console = RunStore(config.storage, config.name), Console()
     config = as_found(config, store.recorded)
-    console.print(f"run {config.name} in {store.storage.uri}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"run {config.name} in {store.storage.uri}")
     names = stage_names(config)
     selected = select(names, args.only, args.first, args.until, args.force)
     check_mixtures(config, selected)
@@ -74,20 +77,20 @@ def main(argv: list[str] | None = None) -> int:
         to_do = [item.state.name for item in planned if item.action not in ("", "skip", "reuse")]
         if to_do:
             check_inputs(config, to_do)
-            console.print("\n" + outlook(config, to_do), highlight=False, markup=False, soft_wrap=True)
+            say(console, "\n" + outlook(config, to_do))
         return 0
     store.storage.check_writable()
     with store.claim() as claim:
         for name in store.settle():  # an attempt that was killed before it made anything
-            console.print(f"{name:<14}  the artifact from before --force is back", highlight=False)
+            say(console, f"{name:<14}  the artifact from before --force is back")
         if other:
             reuse(store, other, reused := reusable(store, other, config, names))
             for name in reused:
-                console.print(f"{name:<14}  taken from run {other.run}", highlight=False, markup=False)
+                say(console, f"{name:<14}  taken from run {other.run}")
         planned = plan(store, config, names, selected, args.force)
         failure = execute(store, config, planned, console, args.debug, claim, args.force)
         for name in store.settle():
-            console.print(f"{name:<14}  it made nothing: the artifact from before --force is back", highlight=False)
+            say(console, f"{name:<14}  it made nothing: the artifact from before --force is back")
         states = run_states(store)
         final_table(store, [s for s in states if s.name in names], console)
     if failure is not None:
@@ -117,10 +120,11 @@ def execute(
     if not os.environ.get("RAY_ADDRESS"):  # else files may be where the cluster is, and not here
         check_inputs(config, to_do)
         for line in proportions(config, to_do):
-            console.print(f"! {line}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"! {line}")
     dashboard = connect(debug)
     if dashboard:
-        console.print(f"dashboard {dashboard}", highlight=False)
+        asks = ", which asks for the token that `ray get-auth-token` prints" if token_asked() else ""
+        say(console, f"dashboard {dashboard}{asks}")
     devices = resources()
     there = devices.gpus if devices.kind == "cuda" else devices.cpus
     if config.workers[0] > there:
@@ -195,7 +199,7 @@ def check_space(store: RunStore, config: Config, names: list[str]) -> None:
 def check_heads(config: Config, kind: str, names: list[str]) -> None:
     """Raises StageError for a model that vLLM could not sample from once it is trained."""
     size = config.model.spec().head_dim
-    samples = any(name == "rl" or name in ("evaluate_mid", "evaluate_sft", "evaluate_rl") for name in names)
+    samples = any(name == "rl" or (name.startswith("evaluate_") and not measures_text(name, config)) for name in names)
     vllm = {config.rl.engine, config.evaluate.engine} != {"torch"}
     if kind == "cpu" and samples and vllm and size not in CPU_HEAD_SIZES:
         raise StageError(

@@ -19,6 +19,7 @@ from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
 from pipeline.config import add_storage_flag
 from pipeline.status import run_states
+from pipeline.terminal import TOGETHER, say, show
 
 SAMPLES = Path(__file__).parent / "samples.toml"
 BESIDE = ("gpt2", "cl100k_base")
@@ -94,10 +95,12 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     title = (
         f"run {result['run']}, {result['vocab_size']:,} tokens: bytes of text a token (+: fewer tokens than with it)"
     )
-    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    say(console, title)
+    lines = []
     table = Table(box=None, pad_edge=False)
     table.add_column("text", no_wrap=True)
-    for column in ("bytes", "run", *(column for name in BESIDE for column in (name, "run is"))):
+    columns = ["bytes", "run", *(column for name in BESIDE for column in (name, "run is"))]
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for text in result["texts"]:
         values = text["bytes_per_token"]
@@ -106,10 +109,13 @@ def print_table(result: dict[str, Any], console: Console) -> None:
         for name in BESIDE:
             theirs = values[name]
             cells += [_value(theirs), f"{ours / theirs - 1:+.1%}" if ours and theirs else "-"]
-        table.add_row(text["kind"], f"{text['bytes']:,}", *cells)
-    console.print(table)
+        cells = [f"{text['bytes']:,}", *cells]
+        table.add_row(text["kind"], *cells)
+        pairs = (f"{column}{TOGETHER}{cell}" for column, cell in zip(columns, cells, strict=True))
+        lines.append(f"{text['kind']}: {', '.join(pairs)}")
+    show(console, table, lines)
     for note in result["notes"]:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(console, note)
 
 
 def _value(value: float | None) -> str:

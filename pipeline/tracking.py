@@ -18,6 +18,7 @@ from cluster import manifest as manifests
 from cluster.storage import StorageError
 from corpus import left_out
 from pipeline.artifacts import RunStore, StageState
+from pipeline.terminal import TOGETHER, say, show
 from stages.context import Progress
 
 POLL_SECONDS = 1.0
@@ -98,7 +99,7 @@ class LiveView:
                 notes = row.progress.notes if row.progress else []
                 row.told = row.told if row.told <= len(notes) else 0  # a new attempt has begun
                 for note in [*notes[row.told :], *row.left_out]:
-                    self.console.print(f"{name:<14}  {note}", highlight=False, markup=False, soft_wrap=True)
+                    say(self.console, f"{name:<14}  {note}")
                 row.told = len(notes)
         if self.console.is_terminal:
             self.live.update(self._table())
@@ -119,15 +120,22 @@ class LiveView:
             return
         if changed or (line != row.line and now - row.said >= LINE_SECONDS):
             row.line, row.said = line, now
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(self.console, line)
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, title=f"run {self.store.run}", title_justify="left")
-        for column in ("stage", "state", "step", "metric", "speed", "time left"):
-            table.add_column(column, no_wrap=True)
-        for name, row in self.rows.items():
-            style = STYLES.get(row.state, "dim")
-            table.add_row(name, f"[{style}]{row.state}[/]", *row.cells())
+        rows = [[name, row.state, *row.cells()] for name, row in self.rows.items()]
+        columns = ["stage", "state", "step", "metric", "speed", "time left"]
+        widths = [max(map(len, column)) + 2 for column in zip(columns, *rows, strict=True)]
+        shown = {*range(len(columns))}
+        for least in (4, 3, 5):  # what a narrow terminal has no room for
+            if sum(widths[i] for i in shown) - 2 > self.console.width:
+                shown.remove(least)
+        table = Table(box=None, pad_edge=False, title=Text(f"run {self.store.run}"), title_justify="left")
+        for i in sorted(shown):
+            table.add_column(columns[i], no_wrap=True)
+        for row in rows:
+            styled = [Text(cell, STYLES.get(cell, "dim") if i == 1 else "") for i, cell in enumerate(row)]
+            table.add_row(*(styled[i] for i in sorted(shown)))
         return table
 
 
@@ -181,25 +189,24 @@ def summary(store: RunStore, state: StageState) -> dict[str, Any]:
 def final_table(store: RunStore, states: list[StageState], console: Console | None = None) -> None:
     """Print every stage with its state, time, key metrics and where its artifact is."""
     console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 200)  # a log has no width of its own
-    table = Table(title=Text(f"run {store.run}"), title_justify="left", box=None, pad_edge=False)
+    say(console, f"run {store.run}")
+    table = Table(box=None, pad_edge=False)
     for column in ("stage", "state", "time", "metrics", "artifact"):
-        table.add_column(column, no_wrap=column in ("stage", "state", "time"), overflow="fold")
+        table.add_column(column, no_wrap=True)
+    lines: list[str] = []
     for state in states:
         row, style = summary(store, state), STYLES.get(state.state, "dim")
-        table.add_row(
-            state.name,
-            f"[{style}]{state.state}[/]",
-            duration(row["seconds"]),
-            Text(key_metrics(row["metrics"])),
-            Text(row["uri"] if state.manifest is not None else ""),
-        )
-    console.print(table)
+        took, metrics = duration(row["seconds"]), key_metrics(row["metrics"])
+        artifact = row["uri"] if state.manifest is not None else ""
+        table.add_row(state.name, Text(state.state, style), took, metrics, Text(artifact))
+        lines.append(f"{state.name:<14} {state.state:<9} {took}".rstrip())
+        if metrics:
+            lines.append("  " + ", ".join(figure.replace(" ", TOGETHER) for figure in metrics.split("  ")))
+    show(console, table, [*lines, f"artifacts: {store.storage.uri}/STAGE"])
     for state in states:
         trace = [f"the whole traceback is in {state.traceback}"] if state.traceback else []
         for line in [*summary(store, state)["notes"], *state.drift, *([state.error] if state.error else []), *trace]:
-            console.print(f"{state.name}: {line}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{state.name}: {line}")
 
 
 def plan_table(planned: list[Any], console: Console, other: str | None = None) -> None:
@@ -207,8 +214,10 @@ def plan_table(planned: list[Any], console: Console, other: str | None = None) -
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "state", "action"):
         table.add_column(column, no_wrap=True)
+    lines = []
     for item in planned:
         froms = {"resume": f" from step {item.state.checkpoint_step}", "reuse": f" from run {other}"}
-        at = froms.get(item.action, "")
-        table.add_row(item.state.name, item.state.state, (item.action or "not asked for") + at)
-    console.print(table)
+        action = (item.action or "not asked for") + froms.get(item.action, "")
+        table.add_row(item.state.name, item.state.state, Text(action))
+        lines.append(f"{item.state.name:<14} {item.state.state}: {action}")
+    show(console, table, lines)

@@ -78,8 +78,10 @@ class DataConfig(Section):
     gsm8k: str = Field(
         "hub:openai/gsm8k", description="folder with train.jsonl and test.jsonl, hub:openai/gsm8k, synthetic, or none"
     )
-    mid: dict[str, Part] = Field({}, description="what mid trains on, part by part; unset: from chat and gsm8k")
-    sft: dict[str, Part] = Field({}, description="what sft trains on, part by part; unset: from chat and gsm8k")
+    mid: dict[str, Part] = Field(
+        {}, description="sets of conversations that mid trains on, its parts, by name; unset: from chat and gsm8k"
+    )
+    sft: dict[str, Part] = Field({}, description="the same for sft")
     synthetic_documents: int = Field(20_000, ge=64, description="documents the synthetic corpus has")
     synthetic_problems: int = Field(40_000, ge=64, description="training problems the arithmetic task has")
     digests: dict[str, str] = Field(
@@ -110,7 +112,7 @@ class ModelConfig(Section):
     """`depth` sets the whole shape by the family's rule; the fields below it replace single parts of that rule."""
 
     family: Family = Field("depth", description="depth (nanochat's architecture), gpt2, llama or qwen3")
-    depth: int = Field(20, ge=1, le=64, description="the dial")
+    depth: int = Field(20, ge=1, le=64, description="layers: the dial that all sizes follow from")
     vocab_size: int = Field(65_536, ge=32, le=1_000_000, description="tokenizer size, special tokens included")
     sequence_len: int = Field(2_048, ge=16, description="context in tokens")
     layers: int | None = Field(None, ge=1)

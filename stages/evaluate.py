@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,9 @@ from tasks.environments import EnvironmentFile, FileEnvironment
 from tasks.estimates import interval, maj_at_k, pass_at_k
 from tasks.gsm8k import GSM8K
 
+# What validation of each stage is called: bits a byte of the targets that the loss counts, and of all where SFT learns
+# only some. Each is of another text, so none may be taken for another's.
+VALIDATED = {"base": ("val_bpb",), "mid": ("val_bpb_mid",), "sft": ("val_bpb_sft", "val_bpb_sft_whole")}
 ROWS_AT_ONCE = 16
 HELD_OUT = 2  # part of the seed of what is sampled here; RL has other numbers
 
@@ -123,30 +127,38 @@ def run(
     seed: int,
     devices: Devices,
 ) -> None:
-    """Measures the model of stage `source` and publishes the figures; `file` and `timeout` as for `opened`."""
+    """Asks the model of stage `source` and publishes the figures; `file` and `timeout` as for `opened`."""
     began = time.monotonic()
     with context.scratch() as directory:
-        if source == "base":
-            metrics = measure_text(context, devices)
-        else:
-            with opened(context, file, timeout) as environment:
-                metrics, records = measure_task(context, source, environment, config, seed, devices)
-            lines = "".join(json.dumps(r) + "\n" for r in records)
-            (directory / "completions.jsonl").write_text(lines, encoding="utf-8")
-            report.table(records, directory / "completions.html")
-        (directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        context.publish(directory, metrics, time.monotonic() - began)
+        with opened(context, file, timeout) as environment:
+            metrics, records = measure_task(context, source, environment, config, seed, devices)
+        lines = "".join(json.dumps(r) + "\n" for r in records)
+        (directory / "completions.jsonl").write_text(lines, encoding="utf-8")
+        report.table(records, report.titled(context.run, context.stage, metrics), directory / "completions.html")
+        publish(context, directory, metrics, began)
 
 
-def measure_text(context: StageContext, devices: Devices) -> dict[str, Any]:
-    """Bits per byte of the upstream model, over all held-out rows of the corpus."""
+def run_text(context: StageContext, source: str, devices: Devices) -> None:
+    """Measures how well the model of stage `source` predicts text, and publishes the figures."""
+    began = time.monotonic()
+    with context.scratch() as directory:
+        publish(context, directory, measure_text(context, source, devices), began)
+
+
+def publish(context: StageContext, directory: Path, metrics: dict[str, float], began: float) -> None:
+    (directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    context.publish(directory, metrics, time.monotonic() - began)
+
+
+def measure_text(context: StageContext, source: str, devices: Devices) -> dict[str, float]:
+    """Bits per byte of the model of stage `source`, over all held-out rows of what it was trained on."""
     torch.set_num_threads(devices.threads(1))
     world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), devices.threads(1))
-    model = from_pretrained(context.fetch("base")).to(world.device)
-    rows = open_rows(context, "base/val")
+    model = from_pretrained(context.fetch(source)).to(world.device)
+    rows = open_rows(context, f"{source}/val")
     token_bytes = np.load(context.fetch("tokenizer") / "token_bytes.npy")
-    _, of_all = bits_per_byte(model, rows, token_bytes, world, "auto", rows.num_rows)
-    return {"val_bpb_full": of_all}
+    figures = bits_per_byte(model, rows, token_bytes, world, "auto", rows.num_rows)
+    return {f"{name}_full": figure for name, figure in zip(VALIDATED[source], figures, strict=False)}
 
 
 def measure_task(

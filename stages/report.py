@@ -6,6 +6,8 @@ import html
 import io
 import math
 import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ PANELS = (
     ("Held-out problems, with 95% intervals", "share solved", r"val_(greedy|(pass|maj)_at_\d+)"),
     ("Reward of the training samples", "mean reward", r"reward(_(?!group|ms)\w+)?"),
     ("Reward by prompt", "mean reward of a prompt", r"reward_group_(min|max|std)"),
-    ("Groups to learn from, and completions that ended", "share", r"mixed_groups|finished"),
+    ("Mixed groups: prompts whose rewards differ; completions that ended", "share", r"mixed_groups|finished"),
     ("Length of completions", "tokens", r"completion_tokens(_max)?"),
     ("Entropy of the policy", "nats a token", r"entropy"),
     ("Divergence from the SFT model", "nats a token", r"kl_(sft|penalty)"),
@@ -28,6 +30,8 @@ PANELS = (
     ("Where a step's time goes", "seconds", r"\w+_ms"),
     ("Throughput", "tokens a second", r"tokens_per_second"),
 )
+HEADLINES = ("greedy", "val_greedy", "val_pass_at_1", "reward")  # what a page is headed with, the first there is
+CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.DOTALL)
 LOGARITHMIC = r"logprob_difference(_max)?|kl_sampler"
 COLUMNS, PANEL_INCHES = 2, (6.4, 3.2)
 SMOOTH_FROM = 40  # points: from here on the mean of neighbours, a tenth of them, is drawn over the points themselves
@@ -57,7 +61,15 @@ form.oninput();
 """
 
 
-def plots(records: list[dict[str, Any]], path: Path) -> None:
+def titled(run: str, stage: str, figures: Mapping[str, Any]) -> str:
+    """What a page is of: run, stage, today's date and the figure that matters most."""
+    date = datetime.now(UTC).date().isoformat()
+    name = next((name for name in HEADLINES if name in figures), None)
+    asked = f" of {figures['problems']:,} problems" if name == "greedy" else ""
+    return f"{run}, {stage}, {date}" + (f": {name} {figures[name]:.3g}{asked}" if name else "")
+
+
+def plots(records: list[dict[str, Any]], title: str, path: Path) -> None:
     """A page with the curves of `records`, the rows of an RL stage's metrics.jsonl.
 
     Where a curve is thin and thick, the thick one is a mean of neighbours.
@@ -71,11 +83,11 @@ def plots(records: list[dict[str, Any]], path: Path) -> None:
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fathom", "font.family": "sans-serif"}):
         width, height = PANEL_INCHES
         figure = Figure(figsize=(COLUMNS * width, rows * height), layout="constrained")
-        for i, (title, unit, names) in enumerate(panels, 1):
+        for i, (heading, unit, names) in enumerate(panels, 1):
             axes = figure.add_subplot(rows, COLUMNS, i)
             for name in names:
                 _draw(axes, name, curves)
-            axes.set_title(title, fontsize=11)
+            axes.set_title(heading, fontsize=11)
             axes.set(xlabel="step", ylabel=unit)
             axes.grid(alpha=0.3)
             if re.fullmatch(LOGARITHMIC, names[0]) and any((curves[n][1] > 0).any() for n in names):
@@ -86,7 +98,7 @@ def plots(records: list[dict[str, Any]], path: Path) -> None:
                 axes.legend(fontsize=8, ncols=2 if len(names) > 4 else 1)
         figure.savefig(svg, format="svg", metadata={"Date": None})
     drawing = svg.getvalue()
-    _page(path, "Reinforcement learning", drawing[drawing.index("<svg") :])
+    _page(path, title, drawing[drawing.index("<svg") :])
 
 
 def _curve(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +123,7 @@ def _draw(axes: Any, name: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
 
 
-def table(records: list[dict[str, Any]], path: Path) -> None:
+def table(records: list[dict[str, Any]], title: str, path: Path) -> None:
     """A page with the problems and completions of `stages.evaluate.measure`, to search and to open one by one."""
     choices = "".join(
         f'<label><input type="radio" name="solved" value="{value}"{" checked" * (not value)}> {name}</label>'
@@ -119,7 +131,7 @@ def table(records: list[dict[str, Any]], path: Path) -> None:
     )
     search = '<input type="search" name="words" placeholder="search questions and completions">'
     rows = "".join(map(_problem, records))
-    _page(path, "Completions", f"<form>{choices}{search}<output></output></form>{rows}<script>{FILTER}</script>")
+    _page(path, title, f"<form>{choices}{search}<output></output></form>{rows}<script>{FILTER}</script>")
 
 
 def _problem(record: dict[str, Any]) -> str:
@@ -131,7 +143,7 @@ def _problem(record: dict[str, Any]) -> str:
     for (how, c), ok in zip(drawn, right, strict=True):
         ended = how if c["finished"] else f"{how}, cut off"
         figures = [f"{c['grades'][name]:g}" for name in grades]
-        rows.append(_cells("td", [c["text"], ended, c["tokens"], *figures], " class=right" if ok else ""))
+        rows.append(_cells("td", [readable(c["text"]), ended, c["tokens"], *figures], " class=right" if ok else ""))
     return (
         f'<details data-solved="{solved}"><summary><span class="share">{sum(right)}/{len(right)}</span>'
         f"{html.escape(record['question'])}</summary><p>Reference: {html.escape(record['answer'])}</p>"
@@ -139,10 +151,18 @@ def _problem(record: dict[str, Any]) -> str:
     )
 
 
+def readable(text: str) -> str:
+    """A completion as a person reads it: calls of the calculator with what it said, and no mark for the turn's end. Any
+    other special tokens stay, as the model should not have written them."""
+    said = CALL.sub(lambda m: f"[calculator: {m[1]}{'' if m[2] is None else f' → {m[2]}'}]", text)
+    return said.removesuffix("<|assistant_end|>")
+
+
 def _cells(tag: str, values: list[Any], attributes: str = "") -> str:
     return f"<tr{attributes}>{''.join(f'<{tag}>{html.escape(str(value))}</{tag}>' for value in values)}</tr>"
 
 
 def _page(path: Path, title: str, body: str) -> None:
+    title = html.escape(title)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     path.write_text(f"<!doctype html>\n<html>{head}<h1>{title}</h1>\n{body}\n</html>\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from models.hf import from_pretrained
 from models.layers import LanguageModel
 from stages.config import BaseConfig, ModelConfig, TuneConfig, base_hours
 from stages.context import StageContext
-from stages.evaluate import bits_per_byte
+from stages.evaluate import VALIDATED, bits_per_byte
 from stages.growing import open_rows, wait_until_made
 from stages.training.launch import launch
 from stages.training.loop import train
@@ -25,9 +25,6 @@ from stages.training.schedule import Schedule
 from stages.training.state import Checkpoints, publish_model, scratch_bytes
 
 WEIGHTS_FROM = {"base": None, "mid": "base", "sft": "mid"}
-# What the validation of each is called: bits a byte of the targets that the loss counts, and of all where SFT learns
-# only some. Each is of another text, so none may be taken for another's.
-VALIDATED = {"base": ("val_bpb",), "mid": ("val_bpb_mid",), "sft": ("val_bpb_sft", "val_bpb_sft_whole")}
 
 
 def run(

@@ -35,6 +35,7 @@ from pipeline.config import (
     dotted_keys,
     identity_of,
     load_config,
+    measures_text,
     select,
     stage_names,
 )
@@ -253,7 +254,9 @@ def test_a_run_has_the_stages_it_needs() -> None:
     assert stage_names(config) == [*pretraining, "conversations", *evaluated]
     assert stage_names(load_config("demo", {"with_rl": False})) == [*pretraining, "conversations", *evaluated[:-2]]
     unasked = load_config("demo", {"with_rl": False, "data": {"gsm8k": "none", "chat": "chats.jsonl"}})
-    assert stage_names(unasked) == [*pretraining, "conversations", "mid", "sft"]
+    assert stage_names(unasked) == [*pretraining, "conversations", *evaluated[:-2]]
+    assert all(measures_text(stage, unasked) for stage in ("evaluate_base", "evaluate_mid", "evaluate_sft"))
+    assert [stage for stage in stage_names(config) if measures_text(stage, config)] == ["evaluate_base"]
     alone = load_config("demo", {"with_rl": False, "data": {"gsm8k": "none", "chat": "none"}})
     assert stage_names(alone) == pretraining
     with pytest.raises(ConfigError, match=r"--until mid: this run has no such stage; .*need --chat or --gsm8k"):

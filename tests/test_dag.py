@@ -25,7 +25,7 @@ def store(config: Config) -> RunStore:
     """A run with every stage done; ingest holds a file a folder that others read."""
     store = RunStore(config.storage, config.name)
     for name in stage_names(config):
-        digests = upstream_digests(store, name)
+        digests = upstream_digests(store, config, name)
         assert digests is not None
         finish(store, name, identity_of(name, config), digests)
     return store
@@ -103,7 +103,7 @@ def test_a_failing_force_changes_nothing(store: RunStore, config: Config, tmp_pa
 def leave_half_done(store: RunStore, config: Config, stage: str) -> None:
     """What kill -9 leaves: a checkpoint, and progress that says the stage is running."""
     store.remove(stage)
-    digests = upstream_digests(store, stage)
+    digests = upstream_digests(store, config, stage)
     assert digests is not None
     finish(store, stage, identity_of(stage, config), digests, manifests.checkpoint_path(5))
     store.stage(stage).write_json("progress.json", {"state": "running", "step": 5, "steps": 9})

@@ -165,7 +165,7 @@ def test_piped_output_marks_documents_and_mask_without_colour(command: Command) 
         assert f"{question}<|user_end|><|assistant_start|>⟦{answer}<|assistant_end|>⟧\n" in out
     assert re.search(r"^── padding, \d+ tokens? ──$", out, re.MULTILINE)
     figures = dict(re.findall(r"^(\w[\w: ]*?) {2,}([\d,.%]+) *$", out, re.MULTILINE))
-    assert figures["documents"] == "1,234" and figures["cropped tokens"] == "12.5%"
+    assert figures["documents"] == "1,234" and figures["cropped: tokens in no row"] == "12.5%"
     assert re.search(r"^corpus +1,244 +1,234 +7 duplicates, 3 empty *$", out, re.MULTILINE)
     assert re.search(r"^sft\.smoltalk +11 +2 +9 too long *$", out, re.MULTILINE)
     assert "\ncorpus: 1,234 of 1,244 documents are used; left out: 7 duplicates, 3 empty\n" in out

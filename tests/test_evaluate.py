@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import random
 import re
 import statistics
@@ -9,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -141,7 +143,7 @@ ALONE = World(0, 1, torch.device("cpu"), threads=1)
 def test_half_a_surrogate_pair_in_a_question_is_asked_and_shown_as_the_tokenizer_reads_it(tmp_path: Path) -> None:
     _, records = measured(ALONE, problems=[Problem("cut \ud83d", "an\ude00swer")])
     assert [(r["question"], r["answer"]) for r in records] == [("cut \ufffd", "an\ufffdswer")]
-    report.table(records, tmp_path / "table.html")
+    report.table(records, "a run", tmp_path / "table.html")
     assert "cut \ufffd" in (tmp_path / "table.html").read_text(encoding="utf-8")
 
 
@@ -251,7 +253,7 @@ def texts(page: str) -> list[str]:
 
 @pytest.mark.parametrize("count", [1, 12, 100])
 def test_the_plots_have_titles_axes_and_the_names_of_their_curves(tmp_path: Path, count: int) -> None:
-    report.plots(steps(count), tmp_path / "report.html")
+    report.plots(steps(count), "a run", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     said = texts(page)
     titles = ["Reward of the training samples", "Entropy of the policy", "Divergence from the SFT model"]
@@ -265,7 +267,7 @@ def test_the_plots_have_titles_axes_and_the_names_of_their_curves(tmp_path: Path
 
 def test_the_plots_have_the_curve_that_was_recorded(tmp_path: Path) -> None:
     records = [{"step": step, "entropy": value} for step, value in enumerate((1.0, 3.0, 2.0))]
-    report.plots(records, tmp_path / "report.html")
+    report.plots(records, "a run", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     [line] = re.findall(r'<g id="line2d_\d+">\s*<path d="([^"]*)" clip-path', page)[-1:]
     points = [tuple(map(float, p.split())) for p in re.findall(r"[ML] ([\d. ]+)", line)]
@@ -277,7 +279,7 @@ def test_the_plots_have_the_curve_that_was_recorded(tmp_path: Path) -> None:
 def test_the_page_is_the_same_for_the_same_records(tmp_path: Path) -> None:
     pages = [tmp_path / "one.html", tmp_path / "two.html"]
     for page in pages:
-        report.plots(steps(30), page)
+        report.plots(steps(30), "a run", page)
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
@@ -316,7 +318,7 @@ def test_the_table_shows_every_completion_with_its_grades_as_text(tmp_path: Path
         problem | {"greedy": [completion("c", 0.0)], "samples": [completion("d", 1.0), completion("e", 0.1, False)]},
         problem | {"greedy": [], "samples": [completion("f", 0.5)]},
     ]
-    report.table(records, tmp_path / "table.html")
+    report.table(records, "a run", tmp_path / "table.html")
     page = Reader()
     page.feed((tmp_path / "table.html").read_text())
     assert page.problems == [
@@ -325,3 +327,44 @@ def test_the_table_shows_every_completion_with_its_grades_as_text(tmp_path: Path
         ("no", ["f", "sample", "9", "0.5"]),
     ]
     assert page.scripts == 1
+
+
+def test_a_page_is_headed_with_what_it_is_of(tmp_path: Path) -> None:
+    today = datetime.now(UTC).date().isoformat()
+    for figures, headline in (
+        ({"problems": 1_200, "pass_at_1": 0.5, "greedy": 0.96512}, ": greedy 0.965 of 1,200 problems"),
+        ({"reward": 0.25, "val_pass_at_1": 0.5, "entropy": 1.0}, ": val_pass_at_1 0.5"),
+        ({"reward": 0.25}, ": reward 0.25"),
+        ({}, ""),
+    ):
+        title = report.titled("demo<b>", "rl", figures)
+        assert title == f"demo<b>, rl, {today}{headline}"
+        for draw, records in ((report.plots, [{"step": 0, "reward": 0.5}]), (report.table, [])):
+            draw(records, title, tmp_path / "page.html")
+            page, shown = (tmp_path / "page.html").read_text(), html.escape(title)
+            assert f"<title>{shown}</title>" in page and f"<h1>{shown}</h1>" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "all: <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>\n#### 36<|assistant_end|>",
+            "all: [calculator: 12*3 → 36]\n#### 36",
+        ),
+        ("<|python_start|>1+\n1<|python_end|>", "[calculator: 1+\n1]"),
+        (
+            "<|python_start|>1/0<|python_end|><|output_start|><|output_end|> <|python_start|>2<|python_end|>",
+            "[calculator: 1/0 → ] [calculator: 2]",
+        ),
+        ("<|python_start|>5*<|assistant_end|>", "<|python_start|>5*"),
+        ("<|user_start|>36", "<|user_start|>36"),
+    ],
+)
+def test_the_table_shows_calls_of_the_calculator_as_such(tmp_path: Path, text: str, shown: str) -> None:
+    completion = {"text": text, "tokens": 9, "finished": True, "answer": None, "grades": {"reward": 1.0}}
+    record = {"question": "?", "answer": "36", "greedy": [completion], "samples": []}
+    report.table([record], "a run", tmp_path / "table.html")
+    page = Reader()
+    page.feed((tmp_path / "table.html").read_text())
+    assert page.problems[0][1][0] == shown

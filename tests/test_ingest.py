@@ -27,7 +27,7 @@ from runs import Run, start
 from cluster import manifest
 from cluster.manifest import Manifest
 from cluster.storage import Storage
-from corpus import left_out
+from corpus import left_out, synthetic
 from corpus.packing import pack
 from corpus.rows import Rows
 from corpus.sources import Document, read_unit, units
@@ -35,7 +35,8 @@ from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
 from pipeline.run import note_end
 from stages import conversations, ingest
-from stages.config import DataConfig, IngestConfig
+from stages import tokenizer as tokenizer_stage
+from stages.config import DataConfig, IngestConfig, TokenizerConfig
 from stages.context import GROWING, PROGRESS, SOURCES, StageContext
 from stages.conversations import ingest_mixture, task_problems, write_problems
 from stages.growing import NOTES, open_rows, wait_until_made
@@ -627,6 +628,23 @@ def test_a_single_file_of_any_form_trains_and_holds_out_a_share(
     assert stats["rows"] and stats["validation_rows"] and stats["tokens"] > 129 * 2
     if SIZES[size] > 100:
         assert (0.01 if form == "a.txt" else 0.001) < stats["validation_share"] < 0.1
+
+
+def test_a_text_file_compresses_as_its_paragraphs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own tokenizer included, which sees all of either."""
+    monkeypatch.setattr(ingest, "in_parallel", here)
+    paragraphs = [text.replace("\n\n", "\n") for text in synthetic.documents(0, 3_200, 0)]  # of about a megabyte
+    (tmp_path / "whole.txt").write_text("\n\n".join(paragraphs))
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs))
+    compressed = {}
+    for file in ("whole.txt", "lines.jsonl"):
+        data, run = DataConfig(corpus=str(tmp_path / file), deduplicate=False), tmp_path / f"run of {file}"
+        made = StageContext("test", "tokenizer", Storage(run / "tokenizer"), {}, {}, {})
+        tokenizer_stage.run(made, data, TokenizerConfig(), 1 << 20, 1_024, 0)
+        _, stats = ingested(run, made.storage, tmp_path / file, shard_bytes=1 << 20, deduplicate=False)
+        compressed[file] = stats["characters_per_token"]
+        assert 0.01 < stats["validation_share"] < 0.1
+    assert compressed["whole.txt"] == pytest.approx(compressed["lines.jsonl"], rel=0.03)
 
 
 @settings(max_examples=100)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from corpus.synthetic import documents
 from corpus.tokenizers import SPECIAL_TOKENS, Tokenizer
 from models.hf import from_pretrained
-from stages.train import VALIDATED
+from stages.evaluate import VALIDATED
 
 STAGES = [
     "tokenizer", "ingest", "base", "evaluate_base",

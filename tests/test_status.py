@@ -22,7 +22,7 @@ from pipeline import cli, status, tracking
 from pipeline.artifacts import RunStore
 from pipeline.config import identity_of, load_config, stage_names
 from pipeline.tracking import LiveView, duration, key_metrics
-from stages.train import VALIDATED
+from stages.evaluate import VALIDATED
 from stages.training.metrics import SUMMARY
 
 

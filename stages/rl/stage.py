@@ -67,7 +67,8 @@ def work(arguments: dict[str, Any]) -> None:
         task = (environment, problems, held_out, config, steps, arguments["seed"])
         reinforce(model, begun_with, tokenizer, *task, world, pool, checkpoints, reporter)
         reporter.close()
-        page = functools.partial(report.plots, reporter.records)
+        figures = {name: figure for record in reporter.records for name, figure in record.items()}  # the last of each
+        page = functools.partial(report.plots, reporter.records, report.titled(context.run, context.stage, figures))
         publish_model(context, model, tokenizer, reporter, world, scratch, page)
 
 
