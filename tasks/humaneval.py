@@ -1,0 +1,61 @@
+"""HumanEval (Chen et al., arXiv 2107.03374): functions to be written from their signature and docstring."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+from corpus.sources import read_records
+from tasks.sandbox import Program
+
+HUB = "hub:openai/openai_humaneval"
+# Where a continuation has left the function: what the paper stops generation at.
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+
+_FENCED = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Task:
+    """`prompt` ends in the function's docstring, `canonical_solution` goes on from there, and `test` defines
+    `check(candidate)`."""
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    canonical_solution: str
+    test: str
+
+
+def problems(source: str = HUB) -> list[Task]:
+    """The problems in the order of the file.
+
+    `source`: a folder or URI with HumanEval.jsonl.gz or the like, one such file, or `hub:openai/openai_humaneval`.
+    Raises FileNotFoundError or ValueError when they cannot be read.
+    """
+    names = [field.name for field in fields(Task)]
+    tasks = []
+    for number, row in enumerate(read_records(source, "test"), 1):
+        if not all(isinstance(row.get(name), str) for name in names):
+            has = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()) or "nothing"
+            raise ValueError(f"{source}, row {number}: it has {has}; HumanEval's rows need {', '.join(names)}, texts")
+        tasks.append(Task(**{name: row[name] for name in names}))
+    if not tasks:
+        raise ValueError(f"{source} has no rows")
+    return tasks
+
+
+def program(task: Task, completion: str) -> Program:
+    """What the sandbox runs for a completion, which is a body that goes on from the prompt, as a base model writes it,
+    or a whole function, alone or in a Markdown fence, as an answer in a chat has it."""
+    defines = re.compile(rf"^def {re.escape(task.entry_point)}\b", re.MULTILINE).search
+    blocks = _FENCED.findall(completion) or [completion]
+    code = next(filter(defines, blocks), blocks[0])
+    # with a whole function, the prompt gives its imports and its other functions
+    rest = f"\n    pass\n\n{code}" if defines(code) else continuation(code)
+    return Program(task.prompt + rest, task.entry_point, task.test, context=task.prompt)
+
+
+def continuation(text: str) -> str:
+    """`text` up to the first of STOPS."""
+    return text[: min((place for place in map(text.find, STOPS) if place >= 0), default=len(text))]
