@@ -25,6 +25,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Set
+from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -165,9 +166,11 @@ def place(path: str, is_folder: bool) -> None:
 
 def give_up_privileges() -> None:
     if os.getuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        # Refused in a namespace that has no other user than this one, who outside of it is not root.
+        with suppress(OSError):
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
     none = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice
     checked("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), none)
 

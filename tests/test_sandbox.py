@@ -19,7 +19,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -62,7 +62,8 @@ def canary() -> Iterator[psutil.Popen]:
     """A process that does no harm."""
     with psutil.Popen(["sleep", "600"], env={"CANARY": SECRET}) as process:
         yield process
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def attempt(sandbox: Sandbox, code: str, timeout_s: float = GENEROUS_S) -> Outcome:
