@@ -14,7 +14,6 @@ from collections.abc import Callable
 import psutil
 import ray
 from ray._private import ray_constants
-from ray._raylet import AuthenticationMode, get_authentication_mode
 
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # off: 127.0.0.1 stays what it is, as on those two
 WORKER_ENV = {
@@ -121,8 +120,9 @@ def _watch_head(node: ray._private.node.Node) -> None:
 
 
 def token_asked() -> bool:
-    """Whether the connected cluster lets nobody in without its token, the dashboard's readers neither."""
-    return bool(get_authentication_mode() == AuthenticationMode.TOKEN)
+    """Whether the connected cluster lets nobody in without its token, the dashboard's readers neither; Ray sets the
+    variable where it is unset and there is a token."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 def _dashboard_url(host: str | None) -> str | None:

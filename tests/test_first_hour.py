@@ -101,7 +101,7 @@ def test_a_text_file_alone_trains_and_the_dashboard_shows_it(folder: Path, tmp_p
         assert command.until(lambda: bool(re.search(asks, command.output())), 120), command.output()
         [url] = re.findall(asks, command.output())
         assert command.until(lambda: bool(names.extend(trained(url, token)) or names), 300), command.output()
-        with pytest.raises(urllib.error.HTTPError, match="40[13]"):
+        with pytest.raises(urllib.error.HTTPError, match=r"40[13]"):
             trained(url, "")
         result = command.finish(300)
     finally:
