@@ -250,16 +250,11 @@ class TorchSampler:
     def _hidden(self, cache: list[tuple[Tensor, Tensor]], ids: Tensor, positions: Tensor) -> Tensor:
         """ids and positions (B, T) → normalised residual (B, T, width), with all that lies before in the cache in view;
         their keys and values are added to the cache."""
-        model = self.model
         used = int(positions.max()) + 1
         # what lies behind a row's own position is of an earlier row, or padding
         mask = (torch.arange(used, device=self.device) <= positions[..., None])[:, None]  # (B, 1, T, used)
-        cos, sin = (None if table is None else table[positions] for table in (model.cos, model.sin))
-        x = model.embed(ids, positions)
-        for block, (keys, values) in zip(model.model.layers, cache, strict=True):
-            x = block(x, cos, sin, partial(_attend, keys, values, positions, mask))
-        normed: Tensor = model.model.norm(x)
-        return normed
+        attend = [partial(_attend, keys, values, positions, mask) for keys, values in cache]
+        return self.model.hidden(ids, positions, attend)
 
     def _empty(self, rows: int) -> tuple[Tensor, Tensor]:
         spec, weight = self.model.spec, self.model.lm_head.weight

@@ -7,8 +7,9 @@ not know the family: `model.embed_tokens`, `model.layers.N`, `lm_head`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -173,17 +174,27 @@ class LanguageModel(nn.Module):
         x: Tensor = self.model.embed_tokens(ids)
         return x
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids (B, T) → normalised residual (B, T, width); ValueError when T is over `spec.sequence_len`."""
-        length = ids.size(1)
-        if length > self.spec.sequence_len:
-            raise ValueError(f"{length} tokens are more than the model's context of {self.spec.sequence_len}")
-        cos, sin = (None if table is None else table[:length] for table in (self.cos, self.sin))
-        x = self.embed(ids, torch.arange(length, device=ids.device))
+    def hidden(
+        self, ids: Tensor, positions: Tensor | None = None, attend: Sequence[Attend] | None = None
+    ) -> Tensor:
+        """ids (B, T) → normalised residual (B, T, width); ValueError when T is over `spec.sequence_len`.
+
+        Rows that are no plain text from its beginning have `positions` (B, T), and what replaces attention among
+        their tokens, one for each block.
+        """
+        if positions is None:
+            length = ids.size(1)
+            if length > self.spec.sequence_len:
+                raise ValueError(f"{length} tokens are more than the model's context of {self.spec.sequence_len}")
+            cos, sin = (None if table is None else table[:length] for table in (self.cos, self.sin))
+            x = self.embed(ids, torch.arange(length, device=ids.device))
+        else:
+            cos, sin = (None if table is None else table[positions] for table in (self.cos, self.sin))
+            x = self.embed(ids, positions)
         if torch.is_autocast_enabled(x.device.type):  # the residual, too: it is read and written by every product
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        for block in self.model.layers:
-            x = block(x, cos, sin)
+        for block, own in zip(self.model.layers, attend or repeat(None), strict=False):
+            x = block(x, cos, sin, own)
         normed: Tensor = self.model.norm(x)
         return normed
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "what a run needs, how long it takes and what it costs",
     "presets": "every named run: what it is for, its size, hardware, hours and cost",
     "probe": "measure settings on this machine: the fastest, and how long base takes with it",
+    "evaluate": "measure models: CORE, ChatCORE, perplexity; several side by side",
     "tokenizer": "how well a run's tokenizer compresses each kind of text",
     "status": "the stages of a run, finished or not",
     "data": "look at the rows of a run, and hash its files again",

@@ -164,7 +164,7 @@ def measures_text(stage: str, config: Config) -> bool:
 def identity_of(stage: str, config: Config) -> dict[str, Any]:
     """The fields that define a stage's own work, nested by section; what it is fed enters as upstream digests."""
     if measures_text(stage, config):
-        return {}
+        return {"evaluate": {name: getattr(config.evaluate, name) for name in ("tasks", "data", "limit")}}
     identity: dict[str, Any] = {"seed": config.seed}
     if stage == "tokenizer":
         if not config.tokenizer.learned:
@@ -220,6 +220,8 @@ def load_config(
     values = _with_mixtures(_merge(_giving_way(named, given), given), [named, *layers])
     _refuse_unknown_keys(values)
     values = _with_environment(values)
+    if isinstance(place := values.get("evaluate", {}).get("data"), str):
+        values["evaluate"]["data"] = absolute(place)
     if preset is not None:
         ours = preset in preset_names()
         values["preset"] = preset if ours else absolute(preset)
@@ -240,6 +242,10 @@ def load_config(
         config = _validate(_merge(scaling.derive(checked.model_dump(), values), values))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.base.core_every and config.evaluate.data is None:
+        raise ConfigError("base.core_every asks CORE, whose bundle is missing: give --eval-data")
+    if config.base.core_every and config.base.parallel == "fsdp":
+        raise ConfigError("base.core_every needs whole weights on every worker: set base.parallel to ddp or zero1")
     fewest, most = checked.workers
     if checked.base.budget_usd is not None and fewest != most:
         raise ConfigError("budget_usd needs a fixed number of --workers, as what an hour costs depends on it")
@@ -548,6 +554,15 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         help="conversations for mid and sft: JSONL or Parquet, hub:<dataset>, or none (default: nanochat's mixture)",
     )
     parser.add_argument("--gsm8k", help="folder with train.jsonl and test.jsonl, hub:openai/gsm8k, synthetic, or none")
+    parser.add_argument(
+        "--evals",
+        metavar="TASKS",
+        help="what models are asked beside the run's own problems, as for fathom evaluate --tasks; auto (default): all "
+        "whose data is in --eval-data; none",
+    )
+    parser.add_argument(
+        "--eval-data", help="folder or URI with a folder for each evaluation data set (core, arc, mmlu, ...)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key; repeatable")
 
 
@@ -574,6 +589,8 @@ def config_from_args(args: argparse.Namespace) -> Config:
         "tokenizer": ("tokenizer", "source"),
         "depth": ("model", "depth"),
         "family": ("model", "family"),
+        "evals": ("evaluate", "tasks"),
+        "eval_data": ("evaluate", "data"),
         **{flag: ("base", flag) for flag in ("hours", "budget_usd", "usd_per_worker_hour")},
     }
     flags: dict[str, Any] = {}

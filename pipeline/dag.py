@@ -178,8 +178,7 @@ def submit(
         overlap = config.ingest.overlap if config.ingest.overlap is not None else devices.kind == "cuda"
         if name == "base" and overlap and "ingest" in waits and may_begin_on_part(store):
             del waits["ingest"]
-        gpus = 1 if devices.kind == "cuda" and measures_text(name, config) else 0
-        task = run_stage.options(name=f"stage:{name}", num_cpus=0, num_gpus=gpus, max_retries=0, runtime_env=env)
+        task = run_stage.options(name=f"stage:{name}", num_cpus=0, max_retries=0, runtime_env=env)
         references[name] = task.remote(name, config, devices, token, *waits.values())
     return references
 
@@ -265,14 +264,13 @@ def execute(context: StageContext, config: Config, devices: Devices) -> None:
 
         stage.run(context, config.rl, config.seed, config.workers, devices)
     elif name.startswith("evaluate_"):
-        from stages import evaluate
+        from stages.evaluation import stage as evaluation
 
-        source, file, timeout = name.removeprefix("evaluate_"), config.rl.environment, config.rl.environment_timeout
-        if measures_text(name, config):
-            evaluate.run_text(context, source, devices)
-        else:
-            evaluate.run(context, source, config.evaluate, file, timeout, config.seed, devices)
+        environment = config.rl.environment, config.rl.environment_timeout
+        problems = None if measures_text(name, config) else environment
+        evaluation.run(context, name.removeprefix("evaluate_"), config.evaluate, problems, config.seed, devices)
     else:
         from stages import train
 
-        train.run(context, getattr(config, name), config.model, config.seed, config.workers, devices)
+        settings = getattr(config, name)
+        train.run(context, settings, config.model, config.seed, config.workers, devices, config.evaluate.data)

@@ -14,6 +14,7 @@ from pipeline.scaling import characters_per_token
 from stages.config import NONE
 from tasks.gsm8k import GSM8K
 from tasks.mixture import Part, spec_of
+from tasks.suite import chosen, suite
 
 PLAIN = (".txt", ".jsonl")
 COMPRESSED = 0.4  # bytes a character of compressed text, about
@@ -31,6 +32,13 @@ def check_inputs(config: Config, stages: Collection[str]) -> None:
             raise ConfigError(f"{flag}: {error}") from error
     if "ingest" in stages:
         check_size(config)
+    for stage in stages:
+        if stage.startswith("evaluate_"):
+            tasks, data = config.evaluate.tasks, config.evaluate.data
+            try:
+                suite(chosen(tasks, data, chat=stage != "evaluate_base"), data)
+            except (ValueError, OSError) as error:
+                raise ConfigError(f"--evals {tasks}: {error}") from error
 
 
 def check_size(config: Config) -> None:

@@ -277,6 +277,11 @@ class BaseConfig(TrainConfig):
     )
     usd_per_worker_hour: float | None = Field(None, gt=0, description="price of one device an hour")
 
+    core_every: int = environment(
+        0, "steps between evaluations on CORE, after the save of that step; 0: none; needs evaluate.data", ge=0
+    )
+    core_examples: int = environment(100, "examples a label in these evaluations", ge=1)
+
     @model_validator(mode="after")
     def _one_budget(self) -> BaseConfig:
         given = [n for n in BUDGETS if getattr(self, n) is not None]
@@ -385,6 +390,14 @@ class RLConfig(OptimizerConfig):
 
 
 class EvaluateConfig(Section):
+    tasks: str = Field(
+        "auto",
+        description="what is asked beside the run's own problems, with commas between, as for fathom evaluate --tasks; auto: all whose data is there; none",
+    )
+    data: str | None = Field(
+        None, description="a folder or URI with a folder for each evaluation data set, or a CORE bundle"
+    )
+    limit: int | None = Field(None, ge=1, description="examples a task, at most")
     problems: int = Field(200, ge=1, description="held-out problems")
     samples: int = Field(8, ge=1, description="samples a problem for pass@k")
     max_new_tokens: int = Field(256, ge=1)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,11 +20,10 @@ from corpus.utf8 import valid
 from models.generate import Completion
 from models.hf import from_pretrained, read_spec
 from models.layers import LanguageModel
-from stages import report
 from stages.config import EvaluateConfig
 from stages.context import StageContext
 from stages.growing import open_rows
-from stages.rl.rollout import Completions, RolloutPool, choose, reserved
+from stages.rl.rollout import Completions, RolloutPool, Tools, choose, reserved
 from stages.training.parallel import World, autocast
 from tasks.base import Environment, Problem
 from tasks.environments import EnvironmentFile, FileEnvironment
@@ -118,38 +115,6 @@ def with_room(
     return kept
 
 
-def run(
-    context: StageContext,
-    source: str,
-    config: EvaluateConfig,
-    file: EnvironmentFile | None,
-    timeout: float,
-    seed: int,
-    devices: Devices,
-) -> None:
-    """Asks the model of stage `source` and publishes the figures; `file` and `timeout` as for `opened`."""
-    began = time.monotonic()
-    with context.scratch() as directory:
-        with opened(context, file, timeout) as environment:
-            metrics, records = measure_task(context, source, environment, config, seed, devices)
-        lines = "".join(json.dumps(r) + "\n" for r in records)
-        (directory / "completions.jsonl").write_text(lines, encoding="utf-8")
-        report.table(records, report.titled(context.run, context.stage, metrics), directory / "completions.html")
-        publish(context, directory, metrics, began)
-
-
-def run_text(context: StageContext, source: str, devices: Devices) -> None:
-    """Measures how well the model of stage `source` predicts text, and publishes the figures."""
-    began = time.monotonic()
-    with context.scratch() as directory:
-        publish(context, directory, measure_text(context, source, devices), began)
-
-
-def publish(context: StageContext, directory: Path, metrics: dict[str, float], began: float) -> None:
-    (directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    context.publish(directory, metrics, time.monotonic() - began)
-
-
 def measure_text(context: StageContext, source: str, devices: Devices) -> dict[str, float]:
     """Bits per byte of the model of stage `source`, over all held-out rows of what it was trained on."""
     torch.set_num_threads(devices.threads(1))
@@ -159,6 +124,34 @@ def measure_text(context: StageContext, source: str, devices: Devices) -> dict[s
     token_bytes = np.load(context.fetch("tokenizer") / "token_bytes.npy")
     figures = bits_per_byte(model, rows, token_bytes, world, "auto", rows.num_rows)
     return {f"{name}_full": figure for name, figure in zip(VALIDATED[source], figures, strict=False)}
+
+
+@contextmanager
+def sampling(
+    fetch: Callable[[], Path], tools: Tools, config: EvaluateConfig, devices: Devices, say: Callable[[str], None]
+) -> Iterator[tuple[RolloutPool, World]]:
+    """What samples from the model that `fetch` brings to a machine, which may call `tools`, and the world of one
+    process that asks it."""
+    world = World(0, 1, torch.device("cpu"), devices.threads(1))
+    engine, _ = choose(config.engine, "split", devices, world.size)
+    gpus = min(devices.gpus, resources().gpus or 1)  # machines may have gone since the run began
+    actors = config.actors(gpus, devices.cpus)
+    with (
+        reserved(devices, actors) as places,
+        RolloutPool(
+            fetch,
+            devices,
+            actors,
+            engine=engine,
+            placement="split",
+            places=places,
+            tools=tools,
+            world=world,
+            timeout=config.call_timeout,
+            say=say,
+        ) as pool,
+    ):
+        yield pool, world
 
 
 def measure_task(
@@ -173,25 +166,7 @@ def measure_task(
     model = context.fetch(source)
     tokenizer, asked = Tokenizer.load(model), environment.problems("test")[: config.problems]
     problems = with_room(environment, asked, tokenizer, read_spec(model).sequence_len, context.note)
-    world = World(0, 1, torch.device("cpu"), devices.threads(1))
-    engine, _ = choose(config.engine, "split", devices, world.size)
-    gpus = min(devices.gpus, resources().gpus or 1)  # machines may have gone since the run began
-    actors = config.actors(gpus, devices.cpus)
-    with (
-        reserved(devices, actors) as places,
-        RolloutPool(
-            partial(context.fetch, source),
-            devices,
-            actors,
-            engine=engine,
-            placement="split",
-            places=places,
-            tools=environment.tools,
-            world=world,
-            timeout=config.call_timeout,
-            say=context.note,
-        ) as pool,
-    ):
+    with sampling(partial(context.fetch, source), environment.tools, config, devices, context.note) as (pool, world):
         metrics, records = measure(pool, environment, problems, tokenizer, config, seed, world)
     return metrics | {"problems_left_out": len(asked) - len(problems)}, records
 

@@ -16,6 +16,7 @@ from models.layers import LanguageModel
 from stages.config import BaseConfig, ModelConfig, TuneConfig, base_hours
 from stages.context import StageContext
 from stages.evaluate import VALIDATED, bits_per_byte
+from stages.evaluation.on_the_way import CoreOnTheWay
 from stages.growing import open_rows, wait_until_made
 from stages.training.launch import launch
 from stages.training.loop import train
@@ -34,9 +35,12 @@ def run(
     seed: int,
     workers: tuple[int, int],
     devices: Devices,
+    eval_data: str | None = None,
 ) -> None:
-    """Trains on between `workers[0]` and `workers[1]` workers, with half the device batch when memory runs out."""
-    arguments = {"context": context, "shape": shape, "seed": seed, "devices": devices}
+    """Trains on between `workers[0]` and `workers[1]` workers, with half the device batch when memory runs out.
+
+    `eval_data` is the CORE bundle that base is asked on the way, where `core_every` says so."""
+    arguments = {"context": context, "shape": shape, "seed": seed, "devices": devices, "eval_data": eval_data}
     while True:
         try:
             launch(work, arguments | {"config": config}, context, workers, devices)
@@ -66,10 +70,17 @@ def work(arguments: dict[str, Any]) -> None:
         figures = bits_per_byte(model, held_out, tokenizer.token_bytes, world, config.precision, limit, size)
         return dict(zip(VALIDATED[context.stage], figures, strict=False))
 
+    benchmark = None
+    if isinstance(config, BaseConfig) and config.core_every:
+        assert arguments["eval_data"] is not None  # else the configuration was refused
+        asked = CoreOnTheWay(
+            arguments["eval_data"], config.core_examples, tokenizer, model.spec, world, config.precision
+        )
+        benchmark = (config.core_every, asked)
     reporter = Reporter(context.storage, schedule.steps, world.rank > 0, schedule.seconds, config.max_skipped)
     with context.scratch(scratch_bytes(model, world)) as scratch:
         checkpoints = Checkpoints(context, world, scratch, reporter, config.keep_last)
-        train(model, rows, config, schedule, seed, world, checkpoints, reporter, validate)
+        train(model, rows, config, schedule, seed, world, checkpoints, reporter, validate, benchmark)
         reporter.close()
         wait_until_made(context)
         publish_model(context, model, tokenizer, reporter, world, scratch)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import posixpath
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from string import ascii_uppercase
 from typing import Any
 
 from corpus.left_out import UnusableError
+from corpus.sources import count_records, read_records, stamps
+from tasks import ranking
 
 
 @dataclass(frozen=True)
@@ -55,3 +61,42 @@ def conversation_of(record: dict[str, Any]) -> dict[str, Any]:
     question = question_of(record)
     asked = {"role": "user", "content": prompt(question)}
     return {"messages": [asked, {"role": "assistant", "content": question.answer}]}
+
+
+def first_of(folder: str, names: Sequence[str]) -> str:
+    """The first of the files `names`, which may be globs, that a folder or URI has. Raises FileNotFoundError."""
+    for name in names:
+        spec = posixpath.join(folder, name)
+        try:
+            count_records(spec, limit=1)
+        except FileNotFoundError:
+            continue
+        return spec
+    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class ChoiceTask:
+    """The questions of `source`, asked in a chat and answered by the letter that the model finds likeliest; a
+    `tasks.ranking.RankedTask`. `split` is that of a hub dataset."""
+
+    name: str
+    source: str
+    split: str
+    baseline: float = 0.25
+    few_shot: int = 0
+
+    @property
+    def stamp(self) -> str:
+        return json.dumps([self.source, stamps(self.source, self.split)])
+
+    def questions(self, text: ranking.Text, limit: int | None) -> Iterator[ranking.Question]:
+        for record in islice(read_records(self.source, self.split), limit):
+            asked = question_of(record)
+            before = text.prompt([{"role": "user", "content": prompt(asked)}])
+            letters = ascii_uppercase[: len(asked.choices)]
+            options = tuple((*before, *text.encode(letter)) for letter in letters)
+            yield ranking.Question(options, (len(before),) * len(options), letters.index(asked.answer))
+
+    def figures(self, answers: Sequence[ranking.Answer]) -> dict[str, float]:
+        return ranking.accuracy([given.correct for given in answers], self.baseline)

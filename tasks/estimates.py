@@ -53,3 +53,11 @@ def interval(mean: float, count: int) -> tuple[float, float]:
     centre = (mean + z2 / 2) / (1 + z2)
     half = math.sqrt(z2 * mean * (1 - mean) + z2 * z2 / 4) / (1 + z2)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def same_share(gained: int, lost: int) -> float:
+    """How likely two equal models differ by at least as much on the same questions (McNemar 1947, the exact two-sided
+    form): `gained` only the second answers right, `lost` only the first."""
+    differing = gained + lost
+    tail = sum(math.comb(differing, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**differing)

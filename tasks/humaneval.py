@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
 
 from corpus.sources import read_records
-from tasks.sandbox import Program
+from corpus.synthetic import Split
+from tasks.base import Problem, Tool
+from tasks.sandbox import Program, Sandbox
 
 HUB = "hub:openai/openai_humaneval"
 # Where a continuation has left the function: what the paper stops generation at.
@@ -59,3 +64,33 @@ def program(task: Task, completion: str) -> Program:
 def continuation(text: str) -> str:
     """`text` up to the first of STOPS."""
     return text[: min((place for place in map(text.find, STOPS) if place >= 0), default=len(text))]
+
+
+class HumanEval:
+    """The problems as an environment: the prompt is what the user says, and an answer is right when its function passes
+    the test in the sandbox. With `unsafe` that has no walls. Grading raises SandboxUnavailable."""
+
+    tools: Mapping[str, Tool] = {}
+
+    def __init__(self, source: str = HUB, unsafe: bool = False) -> None:
+        self._source, self._unsafe = source, unsafe
+
+    @cached_property
+    def _tasks(self) -> dict[str, Task]:
+        return {task.prompt: task for task in problems(self._source)}
+
+    @cached_property
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(self._unsafe)
+
+    def problems(self, split: Split) -> list[Problem]:
+        return [Problem(task.prompt, task.canonical_solution) for task in self._tasks.values()]
+
+    def render(self, problem: Problem) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": problem.question}]
+
+    def grade(self, problem: Problem, completion: str) -> dict[str, float]:
+        return {"reward": float(self._sandbox.run(program(self._tasks[problem.question], completion)).passed)}
+
+    def answer(self, completion: str) -> str | None:
+        return None

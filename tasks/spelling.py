@@ -1,15 +1,22 @@
-"""Spelling words and counting their letters, which a model that sees tokens has to be taught."""
+"""Spelling words and counting their letters, which a model that sees tokens has to be taught.
+
+`Spelling` asks for the number of a letter in a word, as nanochat's SpellingBee does.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import posixpath
 import random
 from collections.abc import Iterator
 from string import ascii_lowercase
 from typing import Any
 
 import pyarrow.fs as pafs
+
+from corpus.synthetic import JOBS, OBJECTS, PLACES, WEATHER, Split
+from tasks.base import NumberProblems, Problem
 
 SPELL = (
     "Spell the word: {word}",
@@ -38,6 +45,19 @@ def read_words(source: str) -> list[str]:
         return [word for word in map(str.strip, lines) if word.isalpha()]
 
 
+def word_list(folder: str) -> str:
+    """The first file of a folder or URI, by name. Raises FileNotFoundError."""
+    if "://" in folder:
+        filesystem, path = pafs.FileSystem.from_uri(folder)
+    else:
+        filesystem, path = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(folder))
+    found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    files = sorted(info.base_name for info in found if info.type == pafs.FileType.File)
+    if not files:
+        raise FileNotFoundError(f"{folder} has no word list")
+    return posixpath.join(folder, files[0])
+
+
 def conversations(source: str, seed: int) -> Iterator[dict[str, Any]]:
     """One conversation a word, half of them to spell it and half to count a letter in it.
 
@@ -63,3 +83,19 @@ def _count(word: str, rng: random.Random) -> tuple[str, str]:
         count += character == letter
         spelled.append(f"{character}({count})" if character == letter else character)
     return rng.choice(COUNT).format(letter=letter, word=word), f"{'-'.join(spelled)}\n#### {count}"
+
+
+class Spelling(NumberProblems):
+    """How often a letter is in a word. `source` is a word list; "" stands for the words of the synthetic corpus."""
+
+    def __init__(self, source: str = "", count: int = 256) -> None:
+        self._source, self._count = source, count
+
+    def problems(self, split: Split) -> list[Problem]:
+        """`count` problems, the same every time. Raises FileNotFoundError or ValueError."""
+        known = {*JOBS, *PLACES, *WEATHER, *(noun for both in OBJECTS for noun in both)}
+        words = read_words(self._source) if self._source else sorted(known)
+        if not words:
+            raise ValueError(f"{self._source} has no words, which are lines of letters alone")
+        rng = random.Random(split)
+        return [Problem(*_count(rng.choice(words).lower(), rng)) for _ in range(self._count)]

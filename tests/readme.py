@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 import psutil
 from conftest import SETTINGS, flags
 from runs import ROOT
+from test_scoring import make_bundle
 
 SERVER = "vllm.entrypoints.openai.api_server"
 SHORT = " ".join(flags(SETTINGS))
@@ -40,6 +42,7 @@ SMALLER = {
     "bench.plan_vs_measured ": "bench.plan_vs_measured --steps 1 --rounds 1 ",
     "bench.ingest ": "bench.ingest --megabytes 4 --vocab 512 --seq 128 --out ingest.json ",
     "bench.rl ": "bench.rl --depth 1 --vocab 512 --seq 128 --prompts 2 --samples 2 --new-tokens 16 --calls 1 ",
+    "--tasks chatcore ": "--tasks GSM8K,Spelling ",
     "--tasks word_problems ": "--tasks word_problems --limit 4 --gen_kwargs max_gen_toks=32 ",
     "--preset demo --name job1": f"--preset demo --name job1 {SHORT} --until base",
 }
@@ -47,6 +50,9 @@ PLACES = {
     "/data/books/*.parquet": "BOOKS",
     "/data/chat.jsonl": "CHAT",
     "/data/gsm8k": "GSM8K",
+    "/data/eval_bundle.zip": "BUNDLE",
+    "/data/core": "BUNDLE",
+    "/data/evaluation": "EVALUATION",
     "identity.jsonl": "CHAT",
 }
 
@@ -71,7 +77,9 @@ def write_data(folder: Path) -> dict[str, Path]:
     for split in ("train", "test"):
         problems = Arithmetic(2_000, seed=0).problems("train" if split == "train" else "test")
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(vars(p)) + "\n" for p in problems))
-    return {"BOOKS": folder / "books.parquet", "CHAT": folder / "chat.jsonl", "GSM8K": folder}
+    own = {"BOOKS": folder / "books.parquet", "CHAT": folder / "chat.jsonl", "GSM8K": folder}
+    shutil.copytree(folder, folder / "evaluation/gsm8k", ignore=shutil.ignore_patterns("evaluation"))
+    return own | {"EVALUATION": folder / "evaluation", "BUNDLE": make_bundle(folder / "bundle")}
 
 
 def made_small(text: str, places: dict[str, Path], left: set[str]) -> str:

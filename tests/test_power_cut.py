@@ -100,6 +100,7 @@ def cut(image: Path, copy: Path) -> None:
     with image.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as disk:
         while (first := disk[:]) != disk[:]:
             continue
+    copy.unlink(missing_ok=True)  # a loop device that lets the last copy go late has blocks of that file in memory
     with copy.open("wb") as file:
         file.truncate(IMAGE_BYTES)
         for at in range(0, IMAGE_BYTES, 1 << 16):

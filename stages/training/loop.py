@@ -37,12 +37,14 @@ def train(
     checkpoints: Checkpoints,
     reporter: Reporter,
     validate: Callable[[LanguageModel], dict[str, float]],
+    benchmark: tuple[int, Callable[[LanguageModel], dict[str, float]]] | None = None,
 ) -> None:
     """Trains `model` in place to the end of `schedule`, going on from the newest checkpoint.
 
     Validation runs before step 0, every `eval_every` steps and at the end, always after the save of the same step. Of
-    the figures that `validate` gives, the first says which weights are best: those where it is lowest. Raises Stopped
-    once `reporter.stop` is set, FloatingPointError after too many steps in a row that are not finite.
+    the figures that `validate` gives, the first says which weights are best: those where it is lowest. A `benchmark` is
+    measured every so many steps besides, after the save of that step, too. Raises Stopped once `reporter.stop` is set,
+    FloatingPointError after too many steps in a row that are not finite.
     """
     assert config.total_batch_size is not None
     torch.set_num_threads(world.threads)
@@ -64,9 +66,10 @@ def train(
         )
         ending = bool(stop) or schedule.over(step, elapsed, step_seconds)
         evaluating = not ending and config.eval_every > 0 and step % config.eval_every == 0
+        measuring = not ending and benchmark is not None and step > 0 and step % benchmark[0] == 0
         due = ending or step % config.save_every == 0 or unsaved > save_seconds or (evaluating and config.keep_best)
         # after a step that was skipped a save that is only due can wait
-        if step > saved and due and (ok or ending or (evaluating and config.keep_best)):
+        if step > saved and (due or measuring) and (ok or ending or (evaluating and config.keep_best)):
             checkpoints.save(progress, model, optimizer)
             saved, saved_at = step, reporter.seconds
             clock.mark("save")
@@ -79,6 +82,9 @@ def train(
             if config.early_stopping and progress.evaluations_since_best >= config.early_stopping:
                 reporter.note(f"early stopping: {next(iter(figures))} was lowest at step {progress.best_step}")
                 break
+            clock.mark("evaluate")
+        if measuring and benchmark is not None:
+            reporter.log(step, **benchmark[1](model))
             clock.mark("evaluate")
 
         began = time.perf_counter()

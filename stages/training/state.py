@@ -35,6 +35,7 @@ from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, PADDING, Tokenizer
 from models.build import build
 from models.hf import save_pretrained
 from models.layers import LanguageModel
+from models.spec import ModelSpec
 from stages.context import StageContext
 from stages.training.metrics import SUMMARY, Reporter
 from stages.training.optimizer import Optimizer
@@ -103,6 +104,17 @@ def export(model: LanguageModel, tokenizer: Tokenizer, directory: Path, ends: Se
     stops, pad = [tokenizer.special(name) for name in ends], tokenizer.special(PADDING)
     save_pretrained(model, directory, tokenizer.bos, stops, pad)
     tokenizer.save(directory, ends[0], model.spec.sequence_len)
+
+
+def export_checkpoint(
+    place: Storage, spec: ModelSpec, tokenizer: Tokenizer, directory: Path, ends: Sequence[str]
+) -> None:
+    """Writes into `directory`, as `export` does, the weights of the checkpoint at `place`, of a model of this shape.
+    Raises StorageError."""
+    model, saved = build(spec), _whole(place)
+    state = {"model": weights_of(model)}
+    dcp.load(state, storage_reader=_bring(place, saved, state, lambda _: False))
+    export(model, tokenizer, directory, ends)
 
 
 def gathered(model: LanguageModel, world: World) -> LanguageModel | None:

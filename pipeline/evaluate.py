@@ -1,0 +1,356 @@
+"""`fathom evaluate WHAT...`: measure models as the field does, alone or side by side.
+
+WHAT is a run (its last model), RUN:STAGE, RUN:STAGE@STEP (a checkpoint), a Hugging Face directory of a family that
+Fathom has, or hub:REPO. Answers are kept below --storage, so the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cluster import manifest as manifests
+from cluster.resources import resources
+from cluster.runtime import connect
+from cluster.scratch import cache_folder, scratch
+from cluster.storage import Storage
+from corpus.sources import read_unit, stamps, units
+from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, Tokenizer
+from models.hf import read_spec
+from pipeline.artifacts import RunStore
+from pipeline.config import add_storage_flag
+from pipeline.tokenizer import held_out
+from stages.config import EvaluateConfig, ModelConfig
+from stages.evaluation.measure import Examples, Figures, Kept, measure, summary
+from stages.training.state import export_checkpoint
+from tasks.core import LABELS
+from tasks.estimates import same_share
+from tasks.suite import CHATCORE, GROUPS, Suite, suite
+
+MODELS = ("rl", "sft", "mid", "base")  # the stages that make a model, the last one first
+MOST_ACTORS = 4  # on CPUs, as each has a copy of the model in the machine's one memory
+EVALUATIONS = "evaluations"  # below a storage, what was answered
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured: `fetch` brings its directory to a machine, `digest` changes with its weights."""
+
+    name: str
+    fetch: Callable[[], Path]
+    digest: str
+
+
+def find(what: str, storage: str) -> Model:
+    """The model that WHAT names. Raises FileNotFoundError or ValueError."""
+    if what.startswith("hub:"):
+        return _of_hub(what)
+    if not _is_run(what):
+        return _of_directory(what, Path(what).expanduser().resolve())
+    run, _, stage = what.partition(":")
+    stage, _, step = stage.partition("@")
+    store = RunStore(storage, run)
+    if not store.storage.list():
+        raise FileNotFoundError(
+            f"no run {run!r} in {Storage(storage).uri}; runs elsewhere need --storage, a directory is named with a "
+            f"slash, such as ./{run}, and a model of the hub as hub:OWNER/NAME"
+        )
+    if stage and stage not in MODELS:
+        raise ValueError(f"{what}: {stage} makes no model; the stages that do are {', '.join(reversed(MODELS))}")
+    if step:
+        return _of_checkpoint(what, store, stage, step)
+    for name in (stage,) if stage else MODELS:
+        made = manifests.read(store.stage(name))
+        if made is not None:
+            return Model(what if stage else f"{run}:{name}", partial(manifests.fetch, store.stage(name)), made.digest())
+    wanted = stage or "base"
+    raise FileNotFoundError(f"run {run} has no finished {wanted} to measure; `fathom status {run}` shows what it has")
+
+
+def _is_run(what: str) -> bool:
+    return not what.startswith("hub:") and "/" not in what
+
+
+def _of_directory(name: str, directory: Path) -> Model:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{name}: there is no such directory")
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{name} is no Hugging Face model: it has no config.json")
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".tiktoken"))
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(json.dumps([str(directory), stamps]).encode()).hexdigest()
+    return Model(name, lambda: directory, digest)
+
+
+def _of_hub(what: str) -> Model:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    fetch = partial(_download, what, partial(snapshot_download, what.removeprefix("hub:"), allow_patterns=patterns))
+    return Model(what, fetch, str(fetch()))  # the folder names the commit
+
+
+def _download(what: str, download: Callable[[], str]) -> Path:
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(download())
+    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+        raise ValueError(
+            f"{what} cannot be downloaded: {' '.join(str(error).split())}; check the name (hub:OWNER/NAME) and the "
+            "network, set HF_TOKEN for a gated model, or give its directory instead"
+        ) from error
+
+
+def _of_checkpoint(what: str, store: RunStore, stage: str, step: str) -> Model:
+    there = manifests.checkpoints(store.stage(stage))
+    place = next((place for number, place in there if str(number) == step), None)
+    saved = manifests.read(place) if place is not None else None
+    config = store.recorded()
+    if place is None or saved is None or config is None:
+        steps = ", ".join(str(number) for number, _ in there) or "none"
+        raise FileNotFoundError(
+            f"{what}: there is no such checkpoint; {stage} has those of steps: {steps}. A finished stage keeps none: "
+            f"measure {store.run}:{stage}"
+        )
+    fetch = partial(_exported, place, saved.digest(), store.stage("tokenizer"), config.model, stage)
+    return Model(what, fetch, saved.digest())
+
+
+def _exported(place: Storage, digest: str, tokenizer_at: Storage, shape: ModelConfig, stage: str) -> Path:
+    """The checkpoint at `place` as a directory of this machine, made once."""
+    directory = cache_folder() / "checkpoints" / digest[:24]
+    if not directory.exists():
+        tokenizer = Tokenizer.load(manifests.fetch(tokenizer_at))
+        with scratch("evaluate") as made:
+            ends = DOCUMENT_ENDS if stage == "base" else ANSWER_ENDS
+            export_checkpoint(place, shape.spec(tokenizer.vocab_size), tokenizer, made, ends)
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            beside = directory.with_suffix(f".{os.getpid()}")
+            shutil.copytree(made, beside)
+            with contextlib.suppress(OSError):  # another process was as fast
+                beside.rename(directory)
+    return directory
+
+
+def documents_of(
+    text: str | None, whats: Sequence[str], storage: str
+) -> tuple[Callable[[], Iterator[str]] | None, str]:
+    """The text of "perplexity" and what changes with it: that of --text, else what the first run among `whats` has held
+    out of its corpus; None where there is neither. Raises FileNotFoundError or ValueError."""
+    if text is not None:
+        found = units(text)
+        return lambda: (document.text for unit in found for document in read_unit(unit)), json.dumps(
+            [text, stamps(text)]
+        )
+    for what in whats:
+        if _is_run(what):
+            store = RunStore(storage, what.partition(":")[0])
+            ingested = manifests.read(store.stage("ingest"))
+            if ingested is not None:
+                return partial(_held_out, store), ingested.digest("base/val")
+    return None, ""
+
+
+def _held_out(store: RunStore) -> Iterator[str]:
+    return iter(held_out(store, Tokenizer.load(manifests.fetch(store.stage("tokenizer")))))
+
+
+@dataclass
+class Report:
+    """What was measured of one model; `faults` says of tasks why they could not be asked."""
+
+    model: Model
+    figures: dict[str, Figures] = field(default_factory=dict)
+    examples: dict[str, Examples] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    incomplete: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """What --json has of the model."""
+        return {"model": self.model.name, **summary(self.figures, self.incomplete, self.faults)}
+
+
+def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Console) -> Report:
+    """Asks a model all of the suite, with a line of progress for each task."""
+    kept = Kept(Storage(args.storage).at(EVALUATIONS), model.digest, args.precision, args.limit)
+    report = Report(model, incomplete=asked.incomplete)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    config, devices = EvaluateConfig(engine=args.engine), resources()
+    actors = devices.gpus or max(1, min(devices.cpus, MOST_ACTORS))
+    with Progress(*columns, console=console, transient=True) as bars:
+        lines = {task.name: bars.add_task(task.name, total=None, start=False) for task in asked.tasks}
+
+        def progress(name: str, done: int, of: int | None) -> None:
+            bars.start_task(lines[name])
+            bars.update(lines[name], completed=done, total=of, visible=done != of)
+
+        answers = measure(
+            model.fetch, asked.tasks, args.limit, kept, devices, actors, config, args.precision, console.print, progress
+        )
+        for name, figures, examples in answers:
+            if isinstance(figures, str):
+                report.faults[name] = figures
+            else:
+                report.figures[name], report.examples[name] = figures, examples
+                if not console.is_terminal:
+                    console.print(f"{model.name}: {name} {_cell(figures)}", soft_wrap=True)
+    order = [task.name for task in asked.tasks if task.name in report.figures]
+    report.figures = {name: report.figures[name] for name in order}
+    return report
+
+
+def _cell(figures: Figures) -> str:
+    if "accuracy" in figures:
+        return f"{figures['accuracy']:.4f} ({figures['low']:.3f}-{figures['high']:.3f})"
+    return f"{figures['bpb']:.4f} bits a byte"
+
+
+def table(reports: Sequence[Report], limit: int | None) -> Table:
+    """A line a task: of each model the figure with its 95% interval, of one model also the centered accuracy, of all
+    but the first how far it is from the first, and how likely so large a difference is between equals."""
+    title = f"at most {limit:,} examples a task" if limit else None
+    out = Table(title=title, box=None, pad_edge=False, title_justify="left")
+    out.add_column("task", no_wrap=True)
+    for i, report in enumerate(reports):
+        out.add_column(report.model.name, justify="right")
+        out.add_column("difference, p" if i else "centered", justify="right")
+    first = reports[0]
+    for name in dict.fromkeys(name for report in reports for name in report.figures):
+        cells = []
+        for i, report in enumerate(reports):
+            figures = report.figures.get(name)
+            cells += [_cell(figures) if figures else "-", _beside(first, report, name) if i else _centered(figures)]
+        out.add_row(name, *cells)
+    summaries = [report.summary() for report in reports]
+    for score, parts, whole in (("core", "core_labels", LABELS), ("chatcore", "chatcore_tasks", len(CHATCORE))):
+        if any(summary[score] is not None for summary in summaries):
+            cells = []
+            for summary in summaries:
+                partial_score = len(summary[parts]) < whole or (score == "core" and summary["core_incomplete"]) or limit
+                mark = f"* of {len(summary[parts])}" if partial_score else ""
+                cells += ["-" if summary[score] is None else f"{summary[score]:.4f}{mark}", ""]
+            out.add_row({"core": "CORE", "chatcore": "ChatCORE"}[score], *cells, style="bold")
+    return out
+
+
+def _centered(figures: Figures | None) -> str:
+    return f"{figures['centered']:.4f}" if figures and "centered" in figures else ""
+
+
+def _beside(first: Report, report: Report, name: str) -> str:
+    """How far a model is from the first on the same questions; p is of McNemar's exact test."""
+    if name not in first.examples or name not in report.examples or "accuracy" not in report.figures[name]:
+        return ""
+    pairs = list(zip(first.examples[name], report.examples[name], strict=True))
+    gained = sum(b["correct"] and not a["correct"] for a, b in pairs)
+    lost = sum(a["correct"] and not b["correct"] for a, b in pairs)
+    return f"{(gained - lost) / len(pairs):+.4f}, {same_share(gained, lost):.3f}"
+
+
+def write_csv(path: Path, report: Report) -> None:
+    """The table of nanochat's and DCLM's evaluators: Task, Accuracy, Centered; the last line is CORE."""
+    summary = report.summary()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["Task", "Accuracy", "Centered"])
+        for name, figures in report.figures.items():
+            if "accuracy" in figures:
+                rows.writerow([name, f"{figures['accuracy']:.6f}", f"{figures['centered']:.6f}"])
+        for name in ("core", "chatcore"):
+            if summary[name] is not None:
+                rows.writerow([{"core": "CORE", "chatcore": "ChatCORE"}[name], "", f"{summary[name]:.6f}"])
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(prog="fathom evaluate", description=__doc__)
+    out.add_argument(
+        "what", metavar="WHAT", nargs="+", help="models: RUN, RUN:STAGE, RUN:STAGE@STEP, a directory, hub:REPO"
+    )
+    known = f"{', '.join(GROUPS)}, {', '.join(CHATCORE)}, or a label of CORE"
+    out.add_argument("--tasks", default="core", help=f"what to ask, with commas between: {known} (default core)")
+    out.add_argument(
+        "--eval-data", metavar="PLACE", help="folder or URI with a folder for each data set, or a CORE bundle"
+    )
+    out.add_argument("--text", metavar="CORPUS", help="the text of perplexity: as for fathom run --corpus")
+    out.add_argument("--limit", type=int, metavar="N", help="ask at most N examples a task (default all)")
+    out.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs, else fp32"
+    )
+    out.add_argument("--engine", choices=("auto", "vllm", "torch"), default="auto", help="what writes answers")
+    out.add_argument(
+        "--unsafe-sandbox",
+        action="store_true",
+        help="run what models write for HumanEval with all that you may do yourself, where no sandbox can be made",
+    )
+    out.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    out.add_argument(
+        "--examples", type=Path, metavar="FILE", help="write every example's outcome, a JSON object a line"
+    )
+    out.add_argument("--csv", type=Path, metavar="FILE", help="write Task, Accuracy, Centered, as nanochat does")
+    out.add_argument("--debug", action="store_true", help="show tracebacks, and what workers print")
+    add_storage_flag(out)
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; 1 when some task could not be asked."""
+    args = parser().parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: ask at least 1 example a task, or leave --limit out for all")
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    console = Console()
+    models = [find(what, args.storage) for what in args.what]
+    documents, stamp = documents_of(args.text, args.what, args.storage) if "perplexity" in names else (None, "")
+    contexts = [read_spec(model.fetch()).sequence_len for model in models]
+    suites = [suite(names, args.eval_data, documents, stamp, n, args.unsafe_sandbox) for n in contexts]
+    for path in (args.json, args.examples, args.csv):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
+    connect(args.debug)
+    reports = [measured(model, asked, args, console) for model, asked in zip(models, suites, strict=True)]
+    console.print(table(reports, args.limit))
+    for report in reports:
+        for name, fault in report.faults.items():
+            console.print(f"{report.model.name}: {name} could not be asked: {fault}", style="red", soft_wrap=True)
+    if reports[0].incomplete:
+        missing = "; ".join(f"{label}: {why}" for label, why in reports[0].incomplete.items())
+        console.print(f"CORE* is not CORE: {missing}", soft_wrap=True, highlight=False)
+    if args.json is not None:
+        summaries = [report.summary() for report in reports]
+        text = json.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=1)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    if args.examples is not None:
+        lines = (
+            json.dumps({"model": report.model.name} | example if len(reports) > 1 else example)
+            for report in reports
+            for examples in report.examples.values()
+            for example in examples
+        )
+        args.examples.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    if args.csv is not None:
+        for i, report in enumerate(reports):
+            write_csv(args.csv if not i else args.csv.with_stem(f"{args.csv.stem}-{i + 1}"), report)
+    return 1 if any(report.faults for report in reports) else 0
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main as cli
+
+    sys.exit(cli(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,163 @@
+"""A model asked all of a suite of tasks.
+
+Each task's answers are kept as soon as the last of them is known, so that what ends half-way asks no task again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cluster.resources import Devices
+from cluster.storage import Storage
+from corpus.conversation import render_prompt
+from corpus.tokenizers import META_FILE, Tokenizer
+from models.hf import read_spec
+from stages.config import EvaluateConfig
+from stages.evaluate import graded, sampling, with_room
+from stages.evaluation.pool import ScorePool
+from stages.evaluation.ranked import Asked, ask
+from stages.evaluation.text import open_text
+from stages.rl.rollout import RolloutPool, reserved
+from tasks.calculator import calculate
+from tasks.core import core
+from tasks.generated import GeneratedTask
+from tasks.ranking import accuracy
+from tasks.sandbox import SandboxUnavailable
+from tasks.suite import CHATCORE, Task
+
+logger = logging.getLogger(__name__)
+
+SEED = 0  # of greedy completions, which draw nothing
+
+Figures = dict[str, Any]  # of one task
+Examples = list[dict[str, Any]]  # one a question
+
+
+def summary(figures: dict[str, Figures], incomplete: dict[str, str], faults: dict[str, str]) -> dict[str, Any]:
+    """The figures of all tasks with what they come to. A score that lacks one of its tasks is of those that it has,
+    which `core_labels` and `chatcore_tasks` name; `core_incomplete` says what is missing of the data, `faults` why a
+    task could not be asked."""
+    labels = {name: f["accuracy"] for name, f in figures.items() if name not in CHATCORE and "accuracy" in f}
+    chat = [name for name in CHATCORE if name in figures]
+    return {
+        "tasks": figures,
+        "core": core(labels, {name: 100 * figures[name]["baseline"] for name in labels}) if labels else None,
+        "core_labels": sorted(labels),
+        "core_incomplete": incomplete,
+        "chatcore": sum(figures[name]["centered"] for name in chat) / len(chat) if chat else None,
+        "chatcore_tasks": chat,
+        "bpb": figures["perplexity"]["bpb"] if "perplexity" in figures else None,
+        "faults": faults,
+    }
+
+
+class Kept:
+    """The answers of one model, a file a task, below a storage; `wanted` is all that they depend on."""
+
+    def __init__(self, storage: Storage, model: str, precision: str, limit: int | None) -> None:
+        self._wanted = {"model": model, "precision": precision, "limit": limit}
+        self._storage = storage
+
+    def _path(self, task: Task) -> str:
+        named = json.dumps([self._wanted, task.name, task.few_shot, task.stamp], sort_keys=True)
+        return f"{hashlib.sha256(named.encode()).hexdigest()[:24]}.json"
+
+    def read(self, task: Task) -> tuple[Figures, Examples] | None:
+        path = self._path(task)
+        if not self._storage.exists(path):
+            return None
+        kept = self._storage.read_json(path)
+        return kept["figures"], kept["examples"]
+
+    def write(self, task: Task, figures: Figures, examples: Examples) -> None:
+        self._storage.write_json(self._path(task), {"figures": figures, "examples": examples})
+
+
+def measure(
+    fetch: Callable[[], Path],
+    tasks: Sequence[Task],
+    limit: int | None,
+    kept: Kept,
+    devices: Devices,
+    actors: int,
+    config: EvaluateConfig,
+    precision: str = "auto",
+    say: Callable[[str], None] = logger.warning,
+    progress: Callable[[str, int, int | None], None] = lambda task, done, of: None,
+) -> Iterator[tuple[str, Figures | str, Examples]]:
+    """Each task's name with its figures and examples, as they are known; a text in the place of figures says why the
+    task cannot be asked.
+
+    `fetch` brings the model to a machine, `limit` is the most examples a task, `actors` so many score at once, and
+    `progress` is told of each task how many are answered.
+    """
+    new: list[Task] = []
+    for task in tasks:
+        known = kept.read(task)
+        if known is None:
+            new.append(task)
+        else:
+            progress(task.name, known[0]["examples"], known[0]["examples"])
+            yield task.name, *known
+
+    def told(asked: Asked) -> None:
+        progress(asked.task.name, len(asked.answers), asked.questions)
+
+    ranked = [task for task in new if not isinstance(task, GeneratedTask)]
+    generated = [task for task in new if isinstance(task, GeneratedTask)]
+    if ranked:
+        with (
+            reserved(devices, actors) as places,
+            ScorePool(fetch, devices, actors, places, precision) as pool,
+        ):
+            for asked in ask(pool, ranked, open_text(fetch()), limit, told):
+                if asked.fault is not None:
+                    yield asked.task.name, asked.fault, []
+                    continue
+                figures, examples = asked.figures(), asked.examples()
+                kept.write(asked.task, figures, examples)
+                yield asked.task.name, figures, examples
+    if generated:
+        with sampling(fetch, {"python": calculate}, config, devices, say) as (writers, _):
+            for task in generated:
+                try:
+                    figures, examples = _written(writers, fetch(), task, limit, say)
+                except (OSError, ValueError, SandboxUnavailable) as error:
+                    yield task.name, str(error), []
+                    continue
+                kept.write(task, figures, examples)
+                progress(task.name, len(examples), len(examples))
+                yield task.name, figures, examples
+
+
+def _written(
+    pool: RolloutPool, model: Path, task: GeneratedTask, limit: int | None, say: Callable[[str], None]
+) -> tuple[Figures, Examples]:
+    """Figures and examples of a task whose answers `pool` writes. Raises FileNotFoundError or ValueError."""
+    began, environment = time.monotonic(), task.environment
+    if not (model / META_FILE).is_file():
+        raise ValueError("it is asked in the chat format of models made here, which this model does not know")
+    tokenizer = Tokenizer.load(model)
+    problems = with_room(
+        environment, environment.problems("test")[:limit], tokenizer, read_spec(model).sequence_len, say
+    )
+    prompts = [render_prompt(environment.render(problem), tokenizer) for problem in problems]
+    seeds = [(SEED, i) for i in range(len(problems))]
+    completions = pool.sample(prompts, seeds, 1, task.max_new_tokens, greedy=True)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # which wait, where a sandbox grades
+        records = list(threads.map(lambda p, c: graded(environment, p, c[0], tokenizer), problems, completions))
+    examples = []
+    for index, record in enumerate(records):
+        right = record["grades"]["reward"] >= 1
+        examples.append({"task": task.name, "index": index, "correct": right, "scores": [record["grades"]["reward"]]})
+    measured = accuracy([example["correct"] for example in examples], task.baseline)
+    counted = {"examples": len(examples), "few_shot": task.few_shot, "seconds": time.monotonic() - began}
+    return measured | counted, examples

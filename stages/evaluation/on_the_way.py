@@ -1,0 +1,61 @@
+"""CORE of a model in training."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from corpus.tokenizers import Tokenizer
+from models.layers import LanguageModel
+from models.spec import ModelSpec
+from stages.evaluation.score import Request, batches, grow, score
+from stages.evaluation.text import Ours
+from stages.training.parallel import World, autocast
+from tasks.core import Bundle, core
+from tasks.ranking import answer, within
+
+
+class CoreOnTheWay:
+    """Asks the first `examples` of each label of a bundle, always the same, of a model as it is; every rank takes part.
+
+    A label that leaves no room for its answers in the model's context is not asked. Raises FileNotFoundError or
+    ValueError for a bundle that cannot be read.
+    """
+
+    def __init__(
+        self, data: str, examples: int, tokenizer: Tokenizer, spec: ModelSpec, world: World, precision: str
+    ) -> None:
+        self.world, self.precision = world, precision
+        self.tasks, self.questions, requests = [], [], list[Request]()
+        for task in Bundle(data).tasks:
+            asked = list(task.questions(Ours(tokenizer), examples))
+            try:
+                fitting = [within(question, spec.sequence_len) for question in asked]
+            except ValueError:
+                continue
+            self.tasks.append(task)
+            self.questions.append(fitting)
+            for question in fitting:
+                pairs = zip(question.options, question.starts, strict=True)
+                requests += [Request(np.array(option, dtype=np.int64), start) for option, start in pairs]
+        self.count = len(requests)
+        self.batches = list(batches(grow(requests, spec)))[world.rank :: world.size]
+
+    def __call__(self, model: LanguageModel) -> dict[str, float]:
+        """`val_core`, the mean of the labels' centered accuracies."""
+        found = torch.zeros(self.count, 2, dtype=torch.float64, device=self.world.device)  # losses, greedy
+        eager = torch.compiler.set_stance("force_eager")  # rows of many lengths, each seen once
+        with eager, autocast(self.world.device, self.precision):
+            for batch in self.batches:
+                for number, scored in score(model, batch).items():
+                    found[number, 0], found[number, 1] = scored.loss, scored.greedy
+        losses, greedy = self.world.sum(found).T.tolist()
+        accuracies, first = {}, 0
+        for task, questions in zip(self.tasks, self.questions, strict=True):
+            right = 0
+            for question in questions:
+                mine = slice(first, first + len(question.options))
+                right += answer(question, losses[mine], bool(greedy[first])).correct
+                first = mine.stop
+            accuracies[task.name] = right / len(questions)
+        return {"val_core": core(accuracies, {task.name: 100 * task.baseline for task in self.tasks})}

@@ -1,0 +1,184 @@
+"""How likely a model finds many continuations, with what they share at their beginning computed once.
+
+Sequences that begin alike are laid into one row as a tree: each token is there once for all sequences that have it
+after the same tokens, at its own position, and attends to those tokens only. So one pass of the model gives the keys
+and values of a shared context once, and every branch reads them. Rows of like length make a batch of a bounded number
+of tokens, and only what precedes a scored token goes through the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.layers import LanguageModel
+from models.spec import ModelSpec
+
+TOKENS_AT_ONCE = 8192  # of a batch, padding included
+MASK_BYTES = 1 << 26  # of a batch's attention mask, one byte an entry
+SCORES_AT_ONCE = 1 << 24  # logits in memory at a time, of 4 bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """The tokens of one sequence, (T,) int64; those from index `start` on are scored, given all before them."""
+
+    tokens: np.ndarray
+    start: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.start < len(self.tokens):
+            raise ValueError(f"scores begin at token {self.start} of {len(self.tokens)}: one before, one to score")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one request: the mean negative log-likelihood of its scored tokens in nats, and whether each of them is the
+    one that the model finds likeliest."""
+
+    loss: float
+    greedy: bool
+
+
+class Tree:
+    """Sequences in one row. Token i has `ids[i]` at `positions[i]` of its sequences and is seen by itself and by the
+    tokens up to `ends[i]`, which follow it; a tree of one sequence is that sequence."""
+
+    def __init__(self) -> None:
+        self._ids: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
+        self._cut: list[tuple[np.ndarray, int]] = []  # tokens that end at that place
+        self._path = np.zeros(0, dtype=np.int64)  # where the tokens of the newest sequence lie
+        self._newest = self._path
+        self.size, self.branches = 0, False
+        # of each request its number, its scored tokens, and the places of the tokens before them
+        self.reads: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+    def shared(self, tokens: np.ndarray) -> int:
+        """How many tokens at the beginning of `tokens` are those of the newest sequence."""
+        return common_prefix((self._newest, tokens))
+
+    def add(self, number: int, request: Request) -> None:
+        """Lays request `number` in; the order is lexicographic, else what is shared is computed again."""
+        shared = self.shared(request.tokens)
+        new = len(request.tokens) - shared
+        self._cut.append((self._path[shared:], self.size))
+        self.branches |= shared < len(self._path)
+        self._ids.append(request.tokens[shared:])
+        self._positions.append(np.arange(shared, shared + new))
+        self._path = np.concatenate((self._path[:shared], np.arange(self.size, self.size + new)))
+        self._newest = request.tokens
+        self.size += new
+        self.reads.append((number, request.tokens[request.start :], self._path[request.start - 1 : -1]))
+
+    def laid(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, positions, ends), each (width,) int64; padding is seen by itself alone."""
+        pad = (0, width - self.size)
+        ends = np.arange(1, width + 1)
+        ends[: self.size] = self.size
+        for places, end in self._cut:
+            ends[places] = end
+        return np.pad(np.concatenate(self._ids), pad), np.pad(np.concatenate(self._positions), pad), ends
+
+
+def common_prefix(sequences: Sequence[np.ndarray]) -> int:
+    """How many tokens all of `sequences` have in common at their beginning."""
+    least = min(map(len, sequences))
+    first = sequences[0][:least]
+    differs = np.zeros(least, dtype=bool)
+    for other in sequences[1:]:
+        differs |= first != other[:least]
+    return int(differs.argmax()) if differs.any() else least
+
+
+def grow(requests: Sequence[Request], spec: ModelSpec) -> list[Tree]:
+    """Lays the requests into trees. One that shares its beginning with the one before joins its tree where the tokens
+    that this saves cost more than the attention that a longer row wastes on what its tokens do not see."""
+    linear, attention = (
+        2 * spec.matrix_parameters,
+        4 * spec.heads * spec.head_dim * spec.layers,
+    )  # FLOPs a token, and a pair
+
+    def cost(size: int) -> int:
+        return size * (linear + attention * size)
+
+    order = sorted(range(len(requests)), key=lambda i: requests[i].tokens.tolist())
+    trees: list[Tree] = []
+    for i in order:
+        tokens = requests[i].tokens
+        joined = trees[-1].size + len(tokens) - trees[-1].shared(tokens) if trees else 0
+        if not trees or cost(joined) > cost(trees[-1].size) + cost(len(tokens)):
+            trees.append(Tree())
+        trees[-1].add(i, requests[i])
+    return trees
+
+
+def batches(trees: Iterable[Tree], tokens_at_once: int = TOKENS_AT_ONCE) -> Iterator[list[Tree]]:
+    """Trees of like length together, the longest first, so that what does not fit into memory fails at once. Those
+    that are one sequence are apart, as plain causal attention serves them."""
+    for branches in (True, False):
+        batch: list[Tree] = []
+        for tree in sorted((tree for tree in trees if tree.branches == branches), key=lambda tree: -tree.size):
+            width = batch[0].size if batch else tree.size
+            rows = len(batch) + 1
+            if batch and (rows * width > tokens_at_once or (branches and rows * width * width > MASK_BYTES)):
+                yield batch
+                batch = []
+            batch.append(tree)
+        if batch:
+            yield batch
+
+
+@torch.no_grad()
+def score(model: LanguageModel, batch: Sequence[Tree]) -> dict[int, Score]:
+    """The scores of the requests in these trees, by number; fp32 losses whatever the model's type."""
+    device = model.lm_head.weight.device
+    width = max(tree.size for tree in batch)
+    laid = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*(t.laid(width) for t in batch), strict=True))
+    ids, positions, ends = laid
+    if any(tree.branches for tree in batch):
+        places = torch.arange(width, device=device)
+        seen = (places[:, None] >= places) & (places[:, None] < ends[:, None])  # (B, T, T): by row, of column
+        attend = partial(_attend, seen[:, None])
+        hidden = model.hidden(ids, positions, [attend] * model.spec.layers)
+    else:
+        hidden = model.hidden(ids)
+    reads = [
+        (number, targets, row * width + at) for row, tree in enumerate(batch) for number, targets, at in tree.reads
+    ]
+    numbers, targets, places = zip(*reads, strict=True)
+    losses, greedy = _losses(model, hidden.flatten(0, 1), np.concatenate(places), np.concatenate(targets))
+    splits = np.cumsum([len(of_one) for of_one in targets])[:-1]
+    scored = zip(numbers, np.split(losses, splits), np.split(greedy, splits), strict=True)
+    return {number: Score(float(loss.mean()), bool(likeliest.all())) for number, loss, likeliest in scored}
+
+
+def _losses(
+    model: LanguageModel, hidden: Tensor, places: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The loss (N,) of `targets` (N,) after the tokens at `places` (N,) of hidden (T, width), float64 of fp32 values,
+    and whether each is the argmax. A place is scored once, whatever follows it."""
+    once, which = np.unique(places, return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    losses, greedy = np.zeros(len(places)), np.zeros(len(places), dtype=bool)
+    step = max(1, SCORES_AT_ONCE // model.spec.vocab_size)
+    for first in range(0, len(once), step):
+        mine = order[np.searchsorted(which[order], first) : np.searchsorted(which[order], first + step)]
+        scores = model.scores(hidden[torch.from_numpy(once[first : first + step]).to(hidden.device)])
+        rows = torch.from_numpy(which[mine] - first).to(hidden.device)
+        wanted = torch.from_numpy(targets[mine]).to(hidden.device)
+        losses[mine] = (scores.logsumexp(-1)[rows] - scores[rows, wanted]).double().cpu().numpy()
+        greedy[mine] = (scores.argmax(-1)[rows] == wanted).cpu().numpy()
+    return losses, greedy
+
+
+def _attend(seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of q (B, T, H, D) to k and v (B, T, KV, D) where `seen` (B, 1, T, T) says so."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)

@@ -1,0 +1,136 @@
+"""The stages evaluate_base, evaluate_mid, evaluate_sft and evaluate_rl."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from cluster import manifest
+from cluster.resources import Devices, resources
+from corpus.tokenizers import DOCUMENT_ENDS, Tokenizer
+from models.generate import Turns, generate
+from models.hf import from_pretrained, read_spec
+from stages import report
+from stages.config import EvaluateConfig
+from stages.context import StageContext
+from stages.evaluate import measure_task, measure_text, opened
+from stages.evaluation.measure import Examples, Figures, Kept, measure, summary
+from tasks.environments import EnvironmentFile
+from tasks.suite import CHATCORE, chosen, suite
+
+ANSWERS = "answers"  # of the tasks asked so far, in the stage's storage until it is done
+# what a base model is to go on from, the same for every run
+PROMPTS = (
+    "",
+    "The capital of France is",
+    "The opposite of hot is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The planets of the solar system are",
+    "Once upon a time there was",
+    "If 5*x + 3 = 13, then x is",
+    "My favourite colour is",
+)
+SAMPLE_TOKENS = 48
+
+Problems = tuple[EnvironmentFile | None, float]  # as `stages.evaluate.opened` takes them
+
+
+def run(
+    context: StageContext,
+    source: str,
+    config: EvaluateConfig,
+    problems: Problems | None,
+    seed: int,
+    devices: Devices,
+) -> None:
+    """Measures the model of stage `source` and publishes the figures: how well it solves `problems`, or, without any,
+    how well it predicts held-out text, and what else `config` has it asked."""
+    began = time.monotonic()
+    with context.scratch() as directory:
+        if problems is None:
+            on_device = ray.remote(num_cpus=0, num_gpus=int(devices.kind == "cuda"))
+            metrics, gone_on = ray.get(on_device(_measure_text).remote(context, source, devices))
+            _write_lines(directory / "samples.jsonl", gone_on)
+        else:
+            with opened(context, *problems) as environment:
+                metrics, records = measure_task(context, source, environment, config, seed, devices)
+            _write_lines(directory / "completions.jsonl", records)
+            report.table(records, report.titled(context.run, context.stage, metrics), directory / "completions.html")
+        found, examples = measure_tasks(context, source, config, devices)
+        if found["tasks"]:
+            (directory / "tasks.json").write_text(json.dumps(found, indent=1) + "\n")
+            _write_lines(directory / "examples.jsonl", examples)
+            metrics |= headline(found)
+        (directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        context.publish(directory, metrics, time.monotonic() - began)
+    context.storage.delete(ANSWERS)
+
+
+def _measure_text(
+    context: StageContext, source: str, devices: Devices
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    return measure_text(context, source, devices), samples(context.fetch(source), devices)
+
+
+def measure_tasks(
+    context: StageContext, source: str, config: EvaluateConfig, devices: Devices
+) -> tuple[dict[str, Any], Examples]:
+    """The model of stage `source`, asked what `config` says beside the run's own problems: `summary` of it, and every
+    example. A task that cannot be asked is left out with a note."""
+    names = chosen(config.tasks, config.data, chat=source != "base")
+    asked = suite(names, config.data)
+    fetch = partial(context.fetch, source)
+    model = manifest.read(context.upstream[source])
+    assert model is not None  # the stage has been started because it is there
+    kept = Kept(context.storage.at(ANSWERS), model.digest(), "auto", config.limit)
+    actors = config.actors(min(devices.gpus, resources().gpus or 1), devices.cpus)
+    figures: dict[str, Figures] = {}
+    faults: dict[str, str] = {}
+    all_examples: Examples = []
+    for name, found, examples in measure(
+        fetch, asked.tasks, config.limit, kept, devices, actors, config, say=context.note
+    ):
+        if isinstance(found, str):
+            faults[name] = found
+            context.note(f"{name} could not be asked: {found}")
+        else:
+            figures[name] = found
+            all_examples += examples
+    return summary(figures, asked.incomplete, faults), all_examples
+
+
+def headline(found: dict[str, Any]) -> dict[str, float]:
+    """Of a `summary`, what `fathom status` shows."""
+    metrics: dict[str, float] = {}
+    for score, parts in (("core", "core_labels"), ("chatcore", "chatcore_tasks")):
+        if found[score] is not None:
+            metrics |= {score: found[score], parts: len(found[parts])}
+    for name in CHATCORE:
+        if name in found["tasks"]:
+            figures = found["tasks"][name]
+            metrics |= {name: figures["accuracy"], f"{name}_low": figures["low"], f"{name}_high": figures["high"]}
+    return metrics
+
+
+def samples(directory: Path, devices: Devices) -> list[dict[str, Any]]:
+    """How the model goes on from PROMPTS, taking the likeliest token every time."""
+    torch.set_num_threads(devices.threads(1))
+    model = from_pretrained(directory).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = Tokenizer.load(directory)
+    room = read_spec(directory).sequence_len - 1
+    prompts = [[tokenizer.bos, *tokenizer.encode(prompt)][:room] for prompt in PROMPTS]
+    turns = Turns(tokenizer.special(DOCUMENT_ENDS[0]), None, lambda _: [])
+    seeds = [(i,) for i in range(len(prompts))]
+    groups = generate(model, turns, prompts, seeds, 1, SAMPLE_TOKENS, greedy=True)
+    texts = [tokenizer.decode(completion.tokens) for (completion,) in groups]
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, texts, strict=True)]
+
+
+def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

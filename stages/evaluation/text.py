@@ -1,0 +1,69 @@
+"""What tasks need of a model's tokenizer, whoever made the model: `tasks.ranking.Text` of a model's directory."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from corpus.conversation import render_prompt
+from corpus.tokenizers import META_FILE, Tokenizer
+from tasks.ranking import Text
+
+
+def open_text(directory: Path) -> Text:
+    """Of a model made here, else of any Hugging Face directory. FileNotFoundError where there is no tokenizer."""
+    if (directory / META_FILE).is_file():
+        return Ours(Tokenizer.load(directory))
+    return _Theirs(directory)
+
+
+class Ours:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.bos = tokenizer.bos
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        return render_prompt(messages, self.tokenizer)
+
+
+class _Theirs:
+    """transformers' tokenizer; a text begins with its bos, or with its eos where, as for GPT-2, that parts texts."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoTokenizer  # seconds, which a model made here does not need
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise FileNotFoundError(
+                f"{directory} has no tokenizer that transformers can read ({_first_line(error)}); put tokenizer.json "
+                "and tokenizer_config.json of the model beside its weights"
+            ) from error
+
+    @cached_property
+    def bos(self) -> int:
+        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise ValueError("the model's tokenizer has neither a bos nor an eos token, of which one begins every text")
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
+
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        if self._tokenizer.chat_template is None:
+            raise ValueError(
+                "the model's tokenizer has no chat template, so it cannot be asked in a chat; a base model is measured "
+                "with --tasks core or --tasks bpb"
+            )
+        ids: list[int] = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return ids
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,110 @@
+"""`fathom evaluate` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Result, Run, fathom, one_clear_message, start
+from test_scoring import make_bundle
+
+from tasks.core import core
+
+
+def evaluate(*arguments: object, seconds: float = 300) -> Result:
+    return fathom("evaluate", *map(str, arguments), seconds=seconds)
+
+
+def test_a_run_a_stage_and_its_directory_are_one_model(line: Run, tmp_path: Path) -> None:
+    """Side by side, with what is written for programs; guessing is what so small a model does."""
+    bundle, out = make_bundle(tmp_path / "bundle"), tmp_path / "out"
+    out.mkdir()
+    asked = ("--tasks", "core,perplexity,Spelling", "--eval-data", bundle, "--limit", 8, "--storage", line.storage)
+    files = ("--json", out / "all.json", "--examples", out / "examples.jsonl", "--csv", out / "table.csv")
+    result = evaluate("line:base", line.path / "base", *asked, *files)
+    assert result.code == 0, result.output
+    assert "+0.0000, 1.000" in result.stdout and "CORE" in result.stdout
+    first, second = json.loads((out / "all.json").read_text())
+    assert (first.pop("model"), second.pop("model")) == ("line:base", str(line.path / "base"))
+    for summary in (first, second):
+        for figures in summary["tasks"].values():
+            assert figures.pop("seconds") > 0
+    assert first == second
+    assert list(first["tasks"]) == ["choose", "refer", "finish", "perplexity", "Spelling"]
+    assert first["core_labels"] == ["choose", "finish", "refer"] and first["chatcore_tasks"] == ["Spelling"]
+    labels = {name: first["tasks"][name]["accuracy"] for name in first["core_labels"]}
+    assert first["core"] == pytest.approx(core(labels, {"choose": 33, "refer": 50, "finish": 0}))
+    assert 0 < first["bpb"] < 8
+    examples = [json.loads(row) for row in (out / "examples.jsonl").read_text().splitlines()]
+    mine = [row["correct"] for row in examples if row["model"] == "line:base" and row["task"] == "choose"]
+    assert len(mine) == 8 and sum(mine) / 8 == labels["choose"]
+    rows = (out / "table.csv").read_text().splitlines()
+    assert rows[0] == "Task,Accuracy,Centered"
+    assert rows[1].startswith(f"choose,{labels['choose']:.6f},")
+
+
+def test_what_is_killed_goes_on_and_asks_no_task_again(line: Run, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", count=400)
+    shutil.copytree(line.path / "base", tmp_path / "model")
+    arguments = [tmp_path / "model", "--tasks", "core", "--eval-data", bundle]
+
+    def answers(storage: str) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / storage).glob("evaluations/*.json")}
+
+    def shown(storage: str) -> dict[str, Any]:
+        file = tmp_path / f"{storage}.json"
+        result = evaluate(*arguments, "--storage", tmp_path / storage, "--json", file)
+        assert result.code == 0, result.output
+        tasks = json.loads(file.read_text())["tasks"]
+        return {name: {k: v for k, v in of_task.items() if k != "seconds"} for name, of_task in tasks.items()}
+
+    command = start("evaluate", *map(str, arguments), "--storage", str(tmp_path / "broken"))
+    assert command.until(lambda: len(answers("broken")) > 0, 300), command.output()
+    command.kill()
+    kept = answers("broken")
+    assert 0 < len(kept) < 3, "it was over before it could be killed"
+    assert shown("broken") == shown("unbroken")
+    assert {name: answers("broken")[name] for name in kept} == kept
+
+
+def unusable(line: Run, tmp_path: Path, kind: str) -> tuple[list[object], str]:
+    """Arguments of `fathom evaluate` that cannot serve, and what its message has to say."""
+    model = tmp_path / "model"
+    shutil.copytree(line.path / "base", model)
+    bundle = make_bundle(tmp_path / "bundle")
+    asked: list[object] = ["--eval-data", bundle]
+    if kind == "run":
+        return ["no-such-run", *asked], "no run 'no-such-run'"
+    if kind == "stage":
+        return ["line:ingest", *asked], "ingest makes no model"
+    if kind == "step":
+        return ["line:base@7", *asked], "there is no such checkpoint"
+    if kind == "limit":
+        return [model, *asked, "--limit", 0], "--limit 0"
+    if kind == "task":
+        return [model, *asked, "--tasks", "cor"], "no task 'cor'; did you mean core"
+    if kind == "no bundle":
+        return [model], "give --eval-data"
+    if kind == "family":
+        config = json.loads((model / "config.json").read_text()) | {"model_type": "mamba"}
+        (model / "config.json").write_text(json.dumps(config))
+        return [model, *asked], "mamba"
+    if kind == "tokenizer":
+        for path in [*model.glob("tokenizer*"), *model.glob("*.tiktoken")]:
+            path.unlink()
+        return [model, *asked], "has no tokenizer"
+    long = {"context": "a", "continuation": "b " * 400}
+    (bundle / "eval_data/b/finish.jsonl").write_text(f"{json.dumps(long)}\n" * 3)
+    return [model, *asked, "--tasks", "finish"], "does not fit into the model's context"
+
+
+KINDS = ["run", "stage", "step", "limit", "task", "no bundle", "family", "tokenizer", "context"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_cannot_be_measured_is_one_clear_message(line: Run, tmp_path: Path, kind: str) -> None:
+    arguments, said = unusable(line, tmp_path, kind)
+    one_clear_message(evaluate(*arguments, "--storage", line.storage), said)

@@ -1,0 +1,276 @@
+"""Scoring: the losses of trees of sequences, and the conventions of CORE."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.build import build
+from models.layers import LanguageModel
+from models.spec import Family, ModelSpec
+from stages.evaluation.score import Request, Score, batches, grow, score
+from tasks import arc, mmlu
+from tasks.core import EXAMPLES, ORDER, Bundle, centered, core
+from tasks.estimates import same_share
+from tasks.perplexity import Perplexity
+from tasks.ranking import Question, answer, question, within
+from tasks.suite import suite
+
+FAMILIES: tuple[Family, ...] = ("depth", "gpt2", "llama", "qwen3")
+VOCABULARY, CONTEXT = 300, 64
+
+
+class Bytes:
+    """A tokenizer whose ids are bytes."""
+
+    bos = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        return [self.bos, *self.encode(str(messages)), 257]
+
+
+def tiny(family: Family) -> LanguageModel:
+    model = build(ModelSpec.from_dial(family, 2, VOCABULARY, CONTEXT))
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # as some begin at zero, where attention and position say nothing
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    return model
+
+
+def scored(model: LanguageModel, requests: list[Request], tokens_at_once: int = 256) -> list[Score]:
+    found: dict[int, Score] = {}
+    for batch in batches(grow(requests, model.spec), tokens_at_once):
+        found |= score(model, batch)
+    return [found[i] for i in range(len(requests))]
+
+
+@torch.no_grad()
+def alone(model: LanguageModel, request: Request) -> tuple[float, bool]:
+    """Loss and greedy of one sequence, in a plain pass of its own."""
+    ids = torch.from_numpy(request.tokens)[None]
+    logits = model.logits(ids[:, :-1])[0, request.start - 1 :]
+    wanted = ids[0, request.start :]
+    loss = torch.nn.functional.cross_entropy(logits, wanted).item()
+    return loss, bool((logits.argmax(-1) == wanted).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_losses_are_those_of_each_sequence_alone(family: Family, data: st.DataObject) -> None:
+    """Whatever the sequences share at their beginning, and however they are batched."""
+    model = tiny(family)
+    tokens = st.integers(0, 3) | st.integers(0, VOCABULARY - 1)  # few ids, so that much is shared
+    stem = data.draw(st.lists(tokens, min_size=1, max_size=40))
+    requests = []
+    for _ in range(data.draw(st.integers(1, 8))):
+        own = data.draw(st.lists(tokens, min_size=1, max_size=CONTEXT - len(stem)))
+        sequence = [*stem[: data.draw(st.integers(1, len(stem)))], *own]
+        requests.append(Request(np.array(sequence), data.draw(st.integers(1, len(sequence) - 1))))
+    found = scored(model, requests, data.draw(st.sampled_from((1, 100, 10_000))))
+    for request, of_one in zip(requests, found, strict=True):
+        loss, greedy = alone(model, request)
+        assert of_one.loss == pytest.approx(loss, abs=1e-5)
+        assert of_one.greedy == greedy
+
+
+def test_what_options_share_is_computed_once() -> None:
+    rng = np.random.default_rng(0)
+    context = rng.integers(0, VOCABULARY, 50)
+    requests = [Request(np.array([*context, *rng.integers(0, VOCABULARY, 5)]), 50) for _ in range(4)]
+    trees = grow(requests, ModelSpec.from_dial("depth", 2, VOCABULARY, CONTEXT))
+    assert [tree.size for tree in trees] == [50 + 4 * 5]
+
+
+def test_centered_accuracies_are_those_of_the_paper() -> None:
+    assert centered(0.25, 25.0) == 0.0
+    assert centered(1.0, 25.0) == 1.0
+    assert centered(0.0, 50.0) == -1.0
+    assert centered(0.4, 0.0) == 0.4
+    assert core({"a": 0.625, "b": 0.1}, {"a": 25.0, "b": 0.0}) == pytest.approx((0.5 + 0.1) / 2)
+    with pytest.raises(ValueError, match="none"):
+        core({}, {})
+
+
+def test_equal_models_differ_by_chance_as_a_coin_does() -> None:
+    assert same_share(0, 0) == 1.0
+    assert same_share(3, 3) == 1.0
+    assert same_share(0, 5) == pytest.approx(2 / 32)
+    assert same_share(9, 1) == pytest.approx(2 * (1 + 10) / 1024)
+
+
+ENTRIES = """icl_tasks:
+- {label: choose, dataset_uri: a/choose.jsonl, num_fewshot: [2], icl_task_type: multiple_choice,
+   continuation_delimiter: "\\nAnswer: "}
+- {label: refer, dataset_uri: a/refer.jsonl, num_fewshot: [0], icl_task_type: schema}
+- {label: finish, dataset_uri: b/finish.jsonl, num_fewshot: [1], icl_task_type: language_modeling}
+"""
+
+
+def make_bundle(folder: Path, count: int = 12) -> Path:
+    """A bundle of three labels, one of each kind."""
+    rng = random.Random(0)
+    names = ["ash", "birch", "cedar", "elm", "fir", "oak", "pine", "yew"]
+
+    def some(n: int) -> list[str]:
+        return rng.sample(names, n)
+
+    choose = [{"query": f"Question: {i}?", "choices": some(3), "gold": rng.randrange(3)} for i in range(count)]
+    refer = [
+        {"context_options": [f"The {a}, as the {a}", f"The {b}, as the {b}"], "continuation": "grew.", "gold": i % 2}
+        for i, (a, b) in enumerate(some(2) for _ in range(count))
+    ]
+    finish = [{"context": f"The tree {i} is an ", "continuation": some(1)[0]} for i in range(count)]
+    for path, rows in (("a/choose", choose), ("a/refer", refer), ("b/finish", finish)):
+        file = folder / "eval_data" / f"{path}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "core.yaml").write_text(ENTRIES)
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nchoose,33\nrefer,50\nfinish,0\n")
+    return folder
+
+
+def test_examples_before_a_question_are_drawn_as_nanochat_draws_them(tmp_path: Path) -> None:
+    task = Bundle(str(make_bundle(tmp_path))).tasks[0]
+    rows = [json.loads(line) for line in (tmp_path / "eval_data/a/choose.jsonl").read_text().splitlines()]
+    random.Random(ORDER).shuffle(rows)
+    for index, asked in enumerate(task.questions(Bytes(), None)):
+        others = [i for i in range(len(rows)) if i != index]
+        shots = [rows[i] for i in random.Random(EXAMPLES + index).sample(others, 2)]
+        before = "".join(f"{shot['query']}\nAnswer: {shot['choices'][shot['gold']]}\n\n" for shot in shots)
+        texts = [f"{before}{rows[index]['query']}\nAnswer: {choice}" for choice in rows[index]["choices"]]
+        assert [bytes(option[1:]).decode() for option in asked.options] == texts
+        assert all(option[0] == Bytes.bos for option in asked.options)
+        assert asked.gold == rows[index]["gold"]
+
+
+def test_each_kind_scores_what_the_others_do_not_share() -> None:
+    text = Bytes()
+    choices = question("multiple_choice", ["to be", "to bark", "to sit"], 1, text)
+    assert [bytes(o[s:]) for o, s in zip(choices.options, choices.starts, strict=True)] == [b"be", b"bark", b"sit"]
+    schema = question("schema", ["a cat ran.", "the dog ran."], 0, text)
+    assert [bytes(o[s:]) for o, s in zip(schema.options, schema.starts, strict=True)] == [b" ran."] * 2
+    finish = question("language_modeling", ["two and", "two and two"], None, text)
+    assert (len(finish.options), bytes(finish.options[0][finish.starts[0] :])) == (1, b" two")
+    inside = question("multiple_choice", ["yes", "yes it is"], 0, text)  # one is the beginning of the other
+    assert bytes(inside.options[0][inside.starts[0] :]) == b"s"
+
+
+def test_of_equal_losses_the_first_counts_and_words_have_all_to_be_the_likeliest() -> None:
+    asked = Question(((1, 2), (1, 3)), (1, 1), 0)
+    assert answer(asked, [1.0, 1.0], False).correct
+    assert not answer(asked, [1.0, 0.5], True).correct
+    assert answer(Question(((1, 2),), (1,), None), [9.0], True).correct
+
+
+def test_a_long_question_keeps_its_end_and_one_without_room_is_refused() -> None:
+    asked = Question((tuple(range(10)), tuple(range(8))), (7, 7), 0)
+    short = within(asked, 6)
+    assert short.options == (tuple(range(4, 10)), tuple(range(2, 8)))
+    assert short.starts == (3, 5)
+    with pytest.raises(ValueError, match=r"3 tokens does not fit into the model's context of 3"):
+        within(asked, 3)
+
+
+def test_perplexity_predicts_every_token_once(tmp_path: Path) -> None:
+    """A model to which all tokens are alike needs log2(vocabulary) bits a byte of a tokenizer of bytes."""
+    documents = ["one two three", "four " * 20, "a"]
+    task = Perplexity(lambda: iter(documents), 16, "")
+    questions = list(task.questions(Bytes(), None))
+    assert sum(len(q.options[0]) - 1 for q in questions) == sum(map(len, documents))
+    assert all(len(q.options[0]) <= 16 for q in questions)
+    found = task.figures([answer(q, [math.log(VOCABULARY)], False) for q in questions])
+    assert found["bpb"] == pytest.approx(math.log2(VOCABULARY))
+    words, length = 3 + 20 + 1, sum(map(len, documents))
+    assert found["word_perplexity"] == pytest.approx(VOCABULARY ** (length / words))
+
+
+def damaged(bundle: Path, kind: str) -> str:
+    """Damages a bundle; what the message has to name."""
+    if kind == "line":
+        with (bundle / "eval_data/a/choose.jsonl").open("a") as file:
+            file.write('{"query": "cut off')
+        return r"choose.jsonl, line 13 is not JSON"
+    if kind == "field":
+        (bundle / "eval_data/b/finish.jsonl").write_text('{"context": "no end"}\n' * 3)
+        return r"finish.jsonl, line 1.* continuation"
+    if kind == "gold":
+        (bundle / "eval_data/a/refer.jsonl").write_text('{"context_options": ["a"], "continuation": "b", "gold": 4}\n')
+        return "number 4 of 1"
+    if kind == "baseline":
+        (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nchoose,33\n")
+        return "no random baseline for refer"
+    if kind == "csv":
+        (bundle / "eval_meta_data.csv").unlink()
+        return "no eval_meta_data.csv"
+    if kind == "yaml":
+        (bundle / "core.yaml").write_text("tasks: [")
+        return "core.yaml is not a list of tasks"
+    (bundle / "core.yaml").unlink()
+    return "is no CORE bundle: it has no core.yaml"
+
+
+@pytest.mark.parametrize("kind", ["line", "field", "gold", "baseline", "csv", "yaml", "core"])
+def test_a_damaged_bundle_is_named_with_the_place(tmp_path: Path, kind: str) -> None:
+    bundle = make_bundle(tmp_path)
+    said = damaged(bundle, kind)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        for task in Bundle(str(bundle)).tasks:
+            list(task.questions(Bytes(), None))
+
+
+def test_a_bundle_is_read_from_a_folder_or_a_zip_and_says_what_it_lacks(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "bundle")
+    with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as file:
+        for path in folder.rglob("*"):
+            file.write(path, path.relative_to(tmp_path))
+    for source in (folder, tmp_path / "bundle.zip", f"file://{folder}"):
+        bundle = Bundle(str(source))
+        assert [task.name for task in bundle.tasks] == ["choose", "refer", "finish"]
+        assert [len(list(task.questions(Bytes(), 5))) for task in bundle.tasks] == [5, 5, 5]
+        assert not bundle.incomplete
+    (folder / "eval_data/a/refer.jsonl").unlink()
+    found = suite(["core"], str(folder))
+    assert [task.name for task in found.tasks] == ["choose", "finish"]
+    assert found.incomplete == {"refer": "no eval_data/a/refer.jsonl"}
+
+
+def test_fewer_examples_than_are_shown_before_a_question_draw_on_the_others(tmp_path: Path) -> None:
+    task = Bundle(str(make_bundle(tmp_path))).tasks[0]
+    assert len(list(task.questions(Bytes(), 1))) == 1
+
+
+@pytest.mark.parametrize("name", ["cores", "mmlu", "arc_easy", "GSM8k"])
+def test_an_unknown_task_is_told_the_nearest(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"no task '{name}'; did you mean"):
+        suite([name], str(make_bundle(tmp_path)))
+
+
+def test_real_questions_parse(shared_data: Path) -> None:
+    text = Bytes()
+    assert sum(1 for _ in mmlu.task(str(shared_data / "mmlu")).questions(text, None)) == 14_042
+    for part, count in (("ARC-Easy", 570), ("ARC-Challenge", 299)):
+        questions = list(arc.task(part, str(shared_data / "arc")).questions(text, None))
+        assert len(questions) == count
+        assert all(q.gold is not None and q.gold < len(q.options) for q in questions)
+    bundle = Bundle(str(shared_data / "core"))
+    assert len(bundle.tasks) == 22
+    assert set(bundle.incomplete) == {"hellaswag", "hellaswag_zeroshot", "squad"}
+    for task in bundle.tasks:
+        for asked in task.questions(text, 3):
+            assert len({option[start:] for option, start in zip(asked.options, asked.starts, strict=True)}) >= 1
