@@ -604,14 +604,18 @@ def test_the_program_does_not_see_its_test(sandbox: Sandbox) -> None:
     source = """
 import ctypes, gc, sys
 def f(x):
-    word = "-".join(["canary", ""])
+    found = [sys.argv, sys.orig_argv]
+    frame = sys._getframe()
+    while frame:  # what every caller has, which the collector need not know of
+        found.append([frame.f_locals, frame.f_globals])
+        frame = frame.f_back
     for o in gc.get_objects():
-        for text in [o, *gc.get_referents(o)]:
-            if isinstance(text, (str, bytes)) and word in (text if isinstance(text, str) else text.decode("latin1")):
-                return text
-    return [sys.argv, sys.orig_argv]
+        found += [text for text in [o, *gc.get_referents(o)] if isinstance(text, (str, bytes))]
+    word = "-".join(["canary", ""])
+    places = [text.find(word) for text in map(repr, found)]
+    return [text[place : place + 30] for text, place in zip(map(repr, found), places) if place >= 0]
 """
-    check = f"def check(candidate):\n    got = candidate(2)\n    assert {SECRET!r} not in str(got), got\n"
+    check = f"def check(candidate):\n    got = candidate(2)\n    assert got == [], (got, {SECRET!r})\n"
     outcome = sandbox.run(Program(source, "f", check, context=f"known = {SECRET!r}"), GENEROUS_S)
     assert outcome.passed, outcome.reason
 
