@@ -245,7 +245,8 @@ def table(reports: Sequence[Report], limit: int | None) -> Table:
             for summary in summaries:
                 partial_score = len(summary[parts]) < whole or (score == "core" and summary["core_incomplete"]) or limit
                 mark = f"* of {len(summary[parts])}" if partial_score else ""
-                cells += ["-" if summary[score] is None else f"{summary[score]:.4f}{mark}", ""]
+                interval = f"({summary[f'{score}_low']:.3f}-{summary[f'{score}_high']:.3f})" if summary[parts] else ""
+                cells += ["-" if summary[score] is None else f"{summary[score]:.4f}{mark} {interval}", ""]
             out.add_row({"core": "CORE", "chatcore": "ChatCORE"}[score], *cells, style="bold")
     return out
 

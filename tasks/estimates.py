@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 NORMAL_95 = 1.959964  # standard deviations that hold 95% of a normal distribution
 
@@ -61,3 +61,12 @@ def same_share(gained: int, lost: int) -> float:
     differing = gained + lost
     tail = sum(math.comb(differing, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**differing)
+
+
+def interval_of_core(tasks: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """95% confidence interval of a mean of centered accuracies, by normal approximation: each of `tasks` has its
+    `accuracy`, `baseline` (0 to 1) and number of `examples`."""
+    mean = sum((t["accuracy"] - t["baseline"]) / (1 - t["baseline"]) for t in tasks) / len(tasks)
+    errors = (t["accuracy"] * (1 - t["accuracy"]) / t["examples"] / (1 - t["baseline"]) ** 2 for t in tasks)
+    half = NORMAL_95 * math.sqrt(sum(errors)) / len(tasks)
+    return mean - half, mean + half

@@ -108,3 +108,39 @@ KINDS = ["run", "stage", "step", "limit", "task", "no bundle", "family", "tokeni
 def test_what_cannot_be_measured_is_one_clear_message(line: Run, tmp_path: Path, kind: str) -> None:
     arguments, said = unusable(line, tmp_path, kind)
     one_clear_message(evaluate(*arguments, "--storage", line.storage), said)
+
+
+def test_a_run_asks_core_after_base_and_on_the_way(line: Run, tmp_path: Path) -> None:
+    """With the answers of `fathom evaluate`, and base learns what it learns without being asked."""
+    bundle = make_bundle(tmp_path / "bundle")
+    run = line.branch(tmp_path, "tokenizer", "ingest")
+    on_the_way = ("--set", "base.core_every=20", "--set", "base.core_examples=6", "--set", "evaluate.limit=6")
+    result = run.go("--from", "base", "--until", "evaluate_base", "--eval-data", str(bundle), *on_the_way)
+    assert result.code == 0, result.output
+    assert (run.path / "base/model.safetensors").read_bytes() == (line.path / "base/model.safetensors").read_bytes()
+    asked = {record["step"]: record["val_core"] for record in run.records("base") if "val_core" in record}
+    assert list(asked) == [20]
+    [shown] = [stage["metrics"] for stage in run.status()["stages"] if stage["name"] == "evaluate_base"]
+    assert shown["core_labels"] == 3 and shown["core_low"] < shown["core"] < shown["core_high"]
+    found = json.loads((run.path / "evaluate_base/tasks.json").read_text())
+    file = tmp_path / "all.json"
+    arguments = ("--storage", run.storage, "--tasks", "core", "--eval-data", bundle, "--limit", 6, "--json", file)
+    result = evaluate("branch:base", *arguments)
+    assert result.code == 0, result.output
+    alone = json.loads(file.read_text())
+    for of_task in [*found["tasks"].values(), *alone["tasks"].values()]:
+        del of_task["seconds"]
+    assert found["tasks"] == alone["tasks"] and found["core"] == alone["core"] == shown["core"]
+    samples = (run.path / "evaluate_base/samples.jsonl").read_text().splitlines()
+    assert len(samples) == 8 and all(json.loads(sample)["text"] for sample in samples)
+
+
+def test_mistakes_of_evaluations_are_told_before_anything_starts(line: Run, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    for more, said in (
+        (["--evals", "cor", "--eval-data", str(bundle)], "--evals cor: there is no task 'cor'; did you mean core"),
+        (["--evals", "core"], "--evals core: CORE needs its bundle: give --eval-data"),
+        (["--set", "base.core_every=5"], "base.core_every asks CORE, whose bundle is missing: give --eval-data"),
+    ):
+        result = line.go(*more, "--dry-run", seconds=120)
+        assert result.code == 1 and said in result.output.replace("\n", " "), result.output

@@ -21,7 +21,7 @@ from models.spec import Family, ModelSpec
 from stages.evaluation.score import Request, Score, batches, grow, score
 from tasks import arc, mmlu
 from tasks.core import EXAMPLES, ORDER, Bundle, centered, core
-from tasks.estimates import same_share
+from tasks.estimates import interval_of_core, same_share
 from tasks.perplexity import Perplexity
 from tasks.ranking import Question, answer, question, within
 from tasks.suite import suite
@@ -112,6 +112,15 @@ def test_equal_models_differ_by_chance_as_a_coin_does() -> None:
     assert same_share(3, 3) == 1.0
     assert same_share(0, 5) == pytest.approx(2 / 32)
     assert same_share(9, 1) == pytest.approx(2 * (1 + 10) / 1024)
+
+
+def test_the_interval_of_core_narrows_with_examples_and_labels() -> None:
+    half = {"accuracy": 0.5, "baseline": 0.0, "examples": 100}
+    assert interval_of_core([half]) == pytest.approx((0.5 - 1.959964 * 0.05, 0.5 + 1.959964 * 0.05))
+    of_choices = half | {"baseline": 0.5}
+    assert interval_of_core([of_choices]) == pytest.approx((-1.959964 * 0.1, 1.959964 * 0.1))
+    low, high = interval_of_core([half] * 4)
+    assert high - low == pytest.approx(1.959964 * 0.05)
 
 
 ENTRIES = """icl_tasks:

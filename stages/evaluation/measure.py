@@ -27,7 +27,7 @@ from stages.evaluation.ranked import Asked, ask
 from stages.evaluation.text import open_text
 from stages.rl.rollout import RolloutPool, reserved
 from tasks.calculator import calculate
-from tasks.core import core
+from tasks.estimates import interval_of_core
 from tasks.generated import GeneratedTask
 from tasks.ranking import accuracy
 from tasks.sandbox import SandboxUnavailable
@@ -45,18 +45,17 @@ def summary(figures: dict[str, Figures], incomplete: dict[str, str], faults: dic
     """The figures of all tasks with what they come to. A score that lacks one of its tasks is of those that it has,
     which `core_labels` and `chatcore_tasks` name; `core_incomplete` says what is missing of the data, `faults` why a
     task could not be asked."""
-    labels = {name: f["accuracy"] for name, f in figures.items() if name not in CHATCORE and "accuracy" in f}
+    labels = sorted(name for name, f in figures.items() if name not in CHATCORE and "accuracy" in f)
     chat = [name for name in CHATCORE if name in figures]
-    return {
-        "tasks": figures,
-        "core": core(labels, {name: 100 * figures[name]["baseline"] for name in labels}) if labels else None,
-        "core_labels": sorted(labels),
-        "core_incomplete": incomplete,
-        "chatcore": sum(figures[name]["centered"] for name in chat) / len(chat) if chat else None,
-        "chatcore_tasks": chat,
-        "bpb": figures["perplexity"]["bpb"] if "perplexity" in figures else None,
-        "faults": faults,
-    }
+    found: dict[str, Any] = {"tasks": figures}
+    for score, names, parts in (("core", labels, "core_labels"), ("chatcore", chat, "chatcore_tasks")):
+        mean = low = high = None
+        if names:
+            mean = sum(figures[name]["centered"] for name in names) / len(names)
+            low, high = interval_of_core([figures[name] for name in names])
+        found |= {score: mean, f"{score}_low": low, f"{score}_high": high, parts: names}
+    bpb = figures["perplexity"]["bpb"] if "perplexity" in figures else None
+    return found | {"core_incomplete": incomplete, "bpb": bpb, "faults": faults}
 
 
 class Kept:

@@ -110,11 +110,13 @@ def headline(found: dict[str, Any]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for score, parts in (("core", "core_labels"), ("chatcore", "chatcore_tasks")):
         if found[score] is not None:
-            metrics |= {score: found[score], parts: len(found[parts])}
+            of_parts = {parts: len(found[parts])}
+            metrics |= {name: found[name] for name in (score, f"{score}_low", f"{score}_high")} | of_parts
     for name in CHATCORE:
         if name in found["tasks"]:
             figures = found["tasks"][name]
-            metrics |= {name: figures["accuracy"], f"{name}_low": figures["low"], f"{name}_high": figures["high"]}
+            shown = name.lower().replace("-", "_")
+            metrics |= {shown: figures["accuracy"], f"{shown}_low": figures["low"], f"{shown}_high": figures["high"]}
     return metrics
 
 
