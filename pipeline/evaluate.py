@@ -202,7 +202,17 @@ def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Cons
             bars.update(lines[name], completed=done, total=of, visible=done != of)
 
         answers = measure(
-            model.fetch, asked.tasks, args.limit, kept, devices, actors, config, args.precision, console.print, progress
+            model.fetch,
+            asked.tasks,
+            args.limit,
+            kept,
+            devices,
+            actors,
+            config,
+            args.precision,
+            console.print,
+            None,
+            progress,
         )
         for name, figures, examples in answers:
             if isinstance(figures, str):

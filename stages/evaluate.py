@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +159,15 @@ def measure_task(
     environment: Environment,
     config: EvaluateConfig,
     seed: int,
-    devices: Devices,
+    pool: RolloutPool,
+    world: World,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """`measure` of the model of stage `source` on the held-out problems that leave room for an answer."""
+    """`measure` of the model of stage `source`, from which `pool` samples, on the held-out problems that leave room for
+    an answer."""
     model = context.fetch(source)
     tokenizer, asked = Tokenizer.load(model), environment.problems("test")[: config.problems]
     problems = with_room(environment, asked, tokenizer, read_spec(model).sequence_len, context.note)
-    with sampling(partial(context.fetch, source), environment.tools, config, devices, context.note) as (pool, world):
-        metrics, records = measure(pool, environment, problems, tokenizer, config, seed, world)
+    metrics, records = measure(pool, environment, problems, tokenizer, config, seed, world)
     return metrics | {"problems_left_out": len(asked) - len(problems)}, records
 
 

@@ -88,7 +88,7 @@ def _count(word: str, rng: random.Random) -> tuple[str, str]:
 class Spelling(NumberProblems):
     """How often a letter is in a word. `source` is a word list; "" stands for the words of the synthetic corpus."""
 
-    def __init__(self, source: str = "", count: int = 256) -> None:
+    def __init__(self, source: str = "", count: int = 128) -> None:
         self._source, self._count = source, count
 
     def problems(self, split: Split) -> list[Problem]:

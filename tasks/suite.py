@@ -111,7 +111,7 @@ def _chat_task(name: str, folder: str | None, unsafe: bool) -> Task:
     if name == "HumanEval":
         place = first_of(folder, ("HumanEval.jsonl*", "**/test-*.parquet")) if folder else humaneval.HUB
         return GeneratedTask(name, HumanEval(place, unsafe), max_new_tokens=512)
-    return GeneratedTask(name, Spelling(spelling.word_list(folder) if folder else ""))
+    return GeneratedTask(name, Spelling(spelling.word_list(folder) if folder else ""), max_new_tokens=96)
 
 
 def at_hand(data: str | None, chat: bool) -> list[str]:

@@ -38,7 +38,7 @@ from models.spec import ModelSpec
 from models.vllm_engine import CPU_ENV
 from stages.config import EvaluateConfig, RLConfig, TrainConfig
 from stages.context import StageContext
-from stages.evaluate import measure_task
+from stages.evaluate import measure_task, sampling
 from stages.evaluation import stage as evaluation
 from stages.rl.learner import collate, update
 from stages.rl.rollout import RolloutPool
@@ -180,9 +180,14 @@ def test_an_evaluation_says_the_same_of_any_number_of_actors(
     StageContext("test", "sft", made, {}, {}, {}).publish(directory, {}, 0.0)
     context = StageContext("test", "evaluate_sft", Storage(tmp_path / "evaluate_sft"), {"sft": made}, {}, {})
     config = EvaluateConfig(problems=5, samples=3, max_new_tokens=24, engine="torch")
-    one, three = (
-        measure_task(context, "sft", Arithmetic(8, 8), config, 0, Devices("cpu", 0, cores)) for cores in (2, 6)
-    )
+
+    def measured(cores: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        asked, devices = Arithmetic(8, 8), Devices("cpu", 0, cores)
+        fetch = partial(context.fetch, "sft")
+        with sampling(fetch, asked.tools, config, devices, context.note) as (pool, world):
+            return measure_task(context, "sft", asked, config, 0, pool, world)
+
+    one, three = measured(2), measured(6)
     assert counts == [1, 3] and one == three
     assert len({s["text"] for record in one[1] for s in record["samples"]}) > 10
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from stages.evaluation.pool import ScorePool
 from stages.evaluation.ranked import Asked, ask
 from stages.evaluation.text import open_text
 from stages.rl.rollout import RolloutPool, reserved
-from tasks.calculator import calculate
+from tasks.base import NumberProblems
 from tasks.estimates import interval_of_core
 from tasks.generated import GeneratedTask
 from tasks.ranking import accuracy
@@ -35,6 +36,7 @@ from tasks.suite import CHATCORE, Task
 
 logger = logging.getLogger(__name__)
 
+TOOLS = NumberProblems.tools  # that a model may call while it answers
 SEED = 0  # of greedy completions, which draw nothing
 
 Figures = dict[str, Any]  # of one task
@@ -90,13 +92,15 @@ def measure(
     config: EvaluateConfig,
     precision: str = "auto",
     say: Callable[[str], None] = logger.warning,
+    writers: RolloutPool | None = None,
     progress: Callable[[str, int, int | None], None] = lambda task, done, of: None,
 ) -> Iterator[tuple[str, Figures | str, Examples]]:
     """Each task's name with its figures and examples, as they are known; a text in the place of figures says why the
     task cannot be asked.
 
-    `fetch` brings the model to a machine, `limit` is the most examples a task, `actors` so many score at once, and
-    `progress` is told of each task how many are answered.
+    `fetch` brings the model to a machine, `limit` is the most examples a task, `actors` so many score at once.
+    `writers` sample from the model and may call TOOLS; without them some are started where they are needed. `progress`
+    is told of each task how many are answered.
     """
     new: list[Task] = []
     for task in tasks:
@@ -125,7 +129,9 @@ def measure(
                 kept.write(asked.task, figures, examples)
                 yield asked.task.name, figures, examples
     if generated:
-        with sampling(fetch, {"python": calculate}, config, devices, say) as (writers, _):
+        with ExitStack() as stack:
+            if writers is None:
+                writers, _ = stack.enter_context(sampling(fetch, TOOLS, config, devices, say))
             for task in generated:
                 try:
                     figures, examples = _written(writers, fetch(), task, limit, say)

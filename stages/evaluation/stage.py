@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from models.hf import from_pretrained, read_spec
 from stages import report
 from stages.config import EvaluateConfig
 from stages.context import StageContext
-from stages.evaluate import measure_task, measure_text, opened
-from stages.evaluation.measure import Examples, Figures, Kept, measure, summary
+from stages.evaluate import measure_task, measure_text, opened, sampling
+from stages.evaluation.measure import TOOLS, Examples, Figures, Kept, measure, summary
+from stages.rl.rollout import RolloutPool
 from tasks.environments import EnvironmentFile
-from tasks.suite import CHATCORE, chosen, suite
+from tasks.generated import GeneratedTask
+from tasks.suite import CHATCORE, Task, chosen, suite
 
 ANSWERS = "answers"  # of the tasks asked so far, in the stage's storage until it is done
 # what a base model is to go on from, the same for every run
@@ -52,20 +55,29 @@ def run(
     """Measures the model of stage `source` and publishes the figures: how well it solves `problems`, or, without any,
     how well it predicts held-out text, and what else `config` has it asked."""
     began = time.monotonic()
+    fetch = partial(context.fetch, source)
+    asked = suite(chosen(config.tasks, config.data, chat=source != "base"), config.data)
+    answers = Answers(context, source, config, devices)
     with context.scratch() as directory:
         if problems is None:
             on_device = ray.remote(num_cpus=0, num_gpus=int(devices.kind == "cuda"))
             metrics, gone_on = ray.get(on_device(_measure_text).remote(context, source, devices))
             _write_lines(directory / "samples.jsonl", gone_on)
         else:
-            with opened(context, *problems) as environment:
-                metrics, records = measure_task(context, source, environment, config, seed, devices)
+            with (
+                opened(context, *problems) as environment,
+                sampling(fetch, environment.tools, config, devices, context.note) as (pool, world),
+            ):
+                metrics, records = measure_task(context, source, environment, config, seed, pool, world)
+                if environment.tools == TOOLS:  # with others the engines are others, too
+                    answers.ask([task for task in asked.tasks if isinstance(task, GeneratedTask)], pool)
             _write_lines(directory / "completions.jsonl", records)
             report.table(records, report.titled(context.run, context.stage, metrics), directory / "completions.html")
-        found, examples = measure_tasks(context, source, config, devices)
-        if found["tasks"]:
+        answers.ask([task for task in asked.tasks if task.name not in answers.figures | answers.faults])
+        if answers.figures:
+            found = summary(answers.figures, asked.incomplete, answers.faults)
             (directory / "tasks.json").write_text(json.dumps(found, indent=1) + "\n")
-            _write_lines(directory / "examples.jsonl", examples)
+            _write_lines(directory / "examples.jsonl", answers.examples)
             metrics |= headline(found)
         (directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         context.publish(directory, metrics, time.monotonic() - began)
@@ -78,31 +90,34 @@ def _measure_text(
     return measure_text(context, source, devices), samples(context.fetch(source), devices)
 
 
-def measure_tasks(
-    context: StageContext, source: str, config: EvaluateConfig, devices: Devices
-) -> tuple[dict[str, Any], Examples]:
-    """The model of stage `source`, asked what `config` says beside the run's own problems: `summary` of it, and every
-    example. A task that cannot be asked is left out with a note."""
-    names = chosen(config.tasks, config.data, chat=source != "base")
-    asked = suite(names, config.data)
-    fetch = partial(context.fetch, source)
-    model = manifest.read(context.upstream[source])
-    assert model is not None  # the stage has been started because it is there
-    kept = Kept(context.storage.at(ANSWERS), model.digest(), "auto", config.limit)
-    actors = config.actors(min(devices.gpus, resources().gpus or 1), devices.cpus)
-    figures: dict[str, Figures] = {}
-    faults: dict[str, str] = {}
-    all_examples: Examples = []
-    for name, found, examples in measure(
-        fetch, asked.tasks, config.limit, kept, devices, actors, config, say=context.note
-    ):
-        if isinstance(found, str):
-            faults[name] = found
-            context.note(f"{name} could not be asked: {found}")
-        else:
-            figures[name] = found
-            all_examples += examples
-    return summary(figures, asked.incomplete, faults), all_examples
+class Answers:
+    """What the model of stage `source` has answered beside the run's own problems. `faults` says of tasks why they
+    could not be asked, which is noted, too."""
+
+    def __init__(self, context: StageContext, source: str, config: EvaluateConfig, devices: Devices) -> None:
+        model = manifest.read(context.upstream[source])
+        assert model is not None  # the stage has been started because it is there
+        self._kept = Kept(context.storage.at(ANSWERS), model.digest(), "auto", config.limit)
+        self._fetch, self._note = partial(context.fetch, source), context.note
+        self._config, self._devices = config, devices
+        self.figures: dict[str, Figures] = {}
+        self.faults: dict[str, str] = {}
+        self.examples: Examples = []
+
+    def ask(self, tasks: Sequence[Task], writers: RolloutPool | None = None) -> None:
+        """Asks these; `writers` write, where they are given."""
+        gpus = min(self._devices.gpus, resources().gpus or 1)  # machines may have gone since the run began
+        actors = self._config.actors(gpus, self._devices.cpus)
+        limit, precision = self._config.limit, "auto"
+        for name, found, examples in measure(
+            self._fetch, tasks, limit, self._kept, self._devices, actors, self._config, precision, self._note, writers
+        ):
+            if isinstance(found, str):
+                self.faults[name] = found
+                self._note(f"{name} could not be asked: {found}")
+            else:
+                self.figures[name] = found
+                self.examples += examples
 
 
 def headline(found: dict[str, Any]) -> dict[str, float]:
