@@ -135,12 +135,12 @@ def test_a_run_asks_core_after_base_and_on_the_way(line: Run, tmp_path: Path) ->
     assert len(samples) == 8 and all(json.loads(sample)["text"] for sample in samples)
 
 
-def test_mistakes_of_evaluations_are_told_before_anything_starts(line: Run, tmp_path: Path) -> None:
+def test_mistakes_of_evaluations_are_told_before_anything_starts(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     for more, said in (
         (["--evals", "cor", "--eval-data", str(bundle)], "--evals cor: there is no task 'cor'; did you mean core"),
         (["--evals", "core"], "--evals core: CORE needs its bundle: give --eval-data"),
         (["--set", "base.core_every=5"], "base.core_every asks CORE, whose bundle is missing: give --eval-data"),
     ):
-        result = line.go(*more, "--dry-run", seconds=120)
+        result = fathom("run", "--preset", "demo", "--storage", str(tmp_path), *more, "--dry-run", seconds=120)
         assert result.code == 1 and said in result.output.replace("\n", " "), result.output
