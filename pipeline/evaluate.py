@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -36,7 +37,9 @@ from pipeline.artifacts import RunStore
 from pipeline.config import add_storage_flag
 from pipeline.tokenizer import held_out
 from stages.config import EvaluateConfig, ModelConfig
-from stages.evaluation.measure import Examples, Figures, Kept, measure, summary
+from stages.evaluation.measure import FAULTS, Examples, Figures, Kept, measure, summary
+from stages.evaluation.pool import resolved
+from stages.evaluation.text import open_text
 from stages.training.state import export_checkpoint
 from tasks.core import LABELS
 from tasks.estimates import same_share
@@ -91,7 +94,7 @@ def _of_directory(name: str, directory: Path) -> Model:
         raise FileNotFoundError(f"{name}: there is no such directory")
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{name} is no Hugging Face model: it has no config.json")
-    files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors", ".tiktoken"))
+    files = sorted(path for path in directory.iterdir() if path.is_file())
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.sha256(json.dumps([str(directory), stamps]).encode()).hexdigest()
     return Model(name, lambda: directory, digest)
@@ -101,8 +104,9 @@ def _of_hub(what: str) -> Model:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    fetch = partial(_download, what, partial(snapshot_download, what.removeprefix("hub:"), allow_patterns=patterns))
-    return Model(what, fetch, str(fetch()))  # the folder names the commit
+    download = partial(snapshot_download, what.removeprefix("hub:"), allow_patterns=patterns)
+    commit = _download(what, download).name  # the folder is named after it, and every machine takes the same
+    return Model(what, partial(_download, what, partial(download, revision=commit)), commit)
 
 
 def _download(what: str, download: Callable[[], str]) -> Path:
@@ -189,10 +193,11 @@ class Report:
 
 def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Console) -> Report:
     """Asks a model all of the suite, with a line of progress for each task."""
-    kept = Kept(Storage(args.storage).at(EVALUATIONS), model.digest, args.precision, args.limit)
     report = Report(model, incomplete=asked.incomplete)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     config, devices = EvaluateConfig(engine=args.engine), resources()
+    storage, precision = Storage(args.storage).at(EVALUATIONS), resolved(args.precision, devices)
+    kept = Kept(storage, model.digest, precision, args.engine, args.limit)
     actors = devices.gpus or max(1, min(devices.cpus, MOST_ACTORS))
     with Progress(*columns, console=console, transient=True) as bars:
         lines = {task.name: bars.add_task(task.name, total=None, start=False) for task in asked.tasks}
@@ -211,16 +216,21 @@ def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Cons
             config,
             args.precision,
             console.print,
-            None,
-            progress,
+            progress=progress,
         )
-        for name, figures, examples in answers:
-            if isinstance(figures, str):
-                report.faults[name] = figures
-            else:
+        try:
+            for name, figures, examples in answers:
+                if isinstance(figures, str):
+                    report.faults[name] = figures
+                    continue
                 report.figures[name], report.examples[name] = figures, examples
                 if not console.is_terminal:
                     console.print(f"{model.name}: {name} {_cell(figures)}", soft_wrap=True)
+        except (RuntimeError, ray.exceptions.RayError, *FAULTS) as error:  # the other models may still be measured
+            if args.debug:
+                raise
+            answered = report.figures | report.faults
+            report.faults |= {task.name: str(error) for task in asked.tasks if task.name not in answered}
     order = [task.name for task in asked.tasks if task.name in report.figures]
     report.figures = {name: report.figures[name] for name in order}
     return report
@@ -269,7 +279,8 @@ def _beside(first: Report, report: Report, name: str) -> str:
     """How far a model is from the first on the same questions; p is of McNemar's exact test."""
     if name not in first.examples or name not in report.examples or "accuracy" not in report.figures[name]:
         return ""
-    pairs = list(zip(first.examples[name], report.examples[name], strict=True))
+    by_index = {example["index"]: example for example in first.examples[name]}
+    pairs = [(by_index[b["index"]], b) for b in report.examples[name] if b["index"] in by_index]
     gained = sum(b["correct"] and not a["correct"] for a, b in pairs)
     lost = sum(a["correct"] and not b["correct"] for a, b in pairs)
     return f"{(gained - lost) / len(pairs):+.4f}, {same_share(gained, lost):.3f}"
@@ -278,15 +289,17 @@ def _beside(first: Report, report: Report, name: str) -> str:
 def write_csv(path: Path, report: Report) -> None:
     """The table of nanochat's and DCLM's evaluators: Task, Accuracy, Centered; the last line is CORE."""
     summary = report.summary()
+    whole = len(summary["core_labels"]) == LABELS and not summary["core_incomplete"]
+    names = {"core": "CORE" if whole else "CORE*", "chatcore": "ChatCORE"}
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["Task", "Accuracy", "Centered"])
         for name, figures in report.figures.items():
             if "accuracy" in figures:
                 rows.writerow([name, f"{figures['accuracy']:.6f}", f"{figures['centered']:.6f}"])
-        for name in ("core", "chatcore"):
-            if summary[name] is not None:
-                rows.writerow([{"core": "CORE", "chatcore": "ChatCORE"}[name], "", f"{summary[name]:.6f}"])
+        for score, name in names.items():
+            if summary[score] is not None:
+                rows.writerow([name, "", f"{summary[score]:.6f}"])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -329,6 +342,8 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     models = [find(what, args.storage) for what in args.what]
     documents, stamp = documents_of(args.text, args.what, args.storage) if "perplexity" in names else (None, "")
+    for model in models:
+        open_text(model.fetch())  # refused here, it costs nothing
     contexts = [read_spec(model.fetch()).sequence_len for model in models]
     suites = [suite(names, args.eval_data, documents, stamp, n, args.unsafe_sandbox) for n in contexts]
     for path in (args.json, args.examples, args.csv):

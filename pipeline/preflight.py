@@ -12,6 +12,7 @@ from corpus.sources import KINDS, ROW_KINDS, SYNTHETIC, local_files
 from pipeline.config import Config, ConfigError
 from pipeline.scaling import characters_per_token
 from stages.config import NONE
+from tasks.core import Bundle
 from tasks.gsm8k import GSM8K
 from tasks.mixture import Part, spec_of
 from tasks.suite import chosen, suite
@@ -32,6 +33,11 @@ def check_inputs(config: Config, stages: Collection[str]) -> None:
             raise ConfigError(f"{flag}: {error}") from error
     if "ingest" in stages:
         check_size(config)
+    if "base" in stages and config.base.core_every and config.evaluate.data is not None:
+        try:
+            Bundle(config.evaluate.data)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"base.core_every asks CORE: {error}") from error
     for stage in stages:
         if stage.startswith("evaluate_"):
             tasks, data = config.evaluate.tasks, config.evaluate.data

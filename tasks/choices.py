@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import posixpath
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from string import ascii_uppercase
 from typing import Any
 
 from corpus.left_out import UnusableError
 from corpus.sources import count_records, read_records, stamps
 from tasks import ranking
+
+ORDER = 42  # seed of the order in which questions are asked
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ class ChoiceTask:
         return json.dumps([self.source, stamps(self.source, self.split)])
 
     def questions(self, text: ranking.Text, limit: int | None) -> Iterator[ranking.Question]:
-        for record in islice(read_records(self.source, self.split), limit):
+        records = list(read_records(self.source, self.split))
+        random.Random(ORDER).shuffle(records)  # MMLU's are sorted by subject, and a limit would ask of one alone
+        for record in records[:limit]:
             asked = question_of(record)
             before = text.prompt([{"role": "user", "content": prompt(asked)}])
             letters = ascii_uppercase[: len(asked.choices)]

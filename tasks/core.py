@@ -16,6 +16,7 @@ import os
 import posixpath
 import random
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -89,7 +90,7 @@ class Bundle:
                 )
             )
         if not self.tasks:
-            raise FileNotFoundError(f"{source} has none of the data that core.yaml lists, such as {path}")
+            raise FileNotFoundError(f"{source} has none of the data that core.yaml lists; get the bundle again")
 
     def _config(self) -> list[dict[str, Any]]:
         try:
@@ -106,8 +107,9 @@ class Bundle:
         return list(entries)
 
     def _baselines(self) -> dict[str, float]:
-        rows = csv.DictReader(io.StringIO(self._files.read("eval_meta_data.csv").decode("utf-8-sig")))
+        data = self._files.read("eval_meta_data.csv")
         try:
+            rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig")))
             return {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -129,7 +131,8 @@ class CoreTask:
 
     @property
     def stamp(self) -> str:
-        return hashlib.sha256(self.files.read(self.path)).hexdigest()
+        how = repr((self.kind, self.delimiter, self.baseline)).encode()
+        return hashlib.sha256(how + self.files.read(self.path)).hexdigest()
 
     def questions(self, text: Text, limit: int | None) -> Iterator[Question]:
         """The first `limit` examples as questions, in the order of this module's head."""
@@ -226,6 +229,9 @@ class _Files:
         if name not in self.names:
             raise FileNotFoundError(f"{self._source} has no {name}; get the bundle again")
         if self._zip is not None:
-            return self._zip.read(self._head + name)
+            try:
+                return self._zip.read(self._head + name)
+            except (zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(f"{self._source}: {name} is damaged ({error}); get the bundle again") from error
         with self._filesystem.open_input_stream(posixpath.join(self._root, self._head + name)) as stream:
             return bytes(stream.readall())

@@ -20,6 +20,9 @@ STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 _FENCED = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
+_CODE = re.compile(r"^(?:import|from|def|class|@)", re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class Task:
     """`prompt` ends in the function's docstring, `canonical_solution` goes on from there, and `test` defines
@@ -56,6 +59,8 @@ def program(task: Task, completion: str) -> Program:
     defines = re.compile(rf"^def {re.escape(task.entry_point)}\b", re.MULTILINE).search
     blocks = _FENCED.findall(completion) or [completion]
     code = next(filter(defines, blocks), blocks[0])
+    if defines(code):  # after what an answer says before it, where it has no fence
+        code = code[_CODE.search(code).start() :].partition("\n```")[0]  # type: ignore[union-attr]
     # with a whole function, the prompt gives its imports and its other functions
     rest = f"\n    pass\n\n{code}" if defines(code) else continuation(code)
     return Program(task.prompt + rest, task.entry_point, task.test, context=task.prompt)
@@ -84,7 +89,7 @@ class HumanEval:
         return Sandbox(self._unsafe)
 
     def problems(self, split: Split) -> list[Problem]:
-        return [Problem(task.prompt, task.canonical_solution) for task in self._tasks.values()]
+        return [Problem(task.prompt, f"{task.test}\n# of {task.entry_point}") for task in self._tasks.values()]
 
     def render(self, problem: Problem) -> list[dict[str, Any]]:
         return [{"role": "user", "content": problem.question}]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+
+import pyarrow.fs as pafs
 
 from tasks import arc, humaneval, mmlu, spelling
 from tasks.choices import first_of
@@ -45,11 +48,10 @@ def suite(
 
     `data` is a folder or URI with a folder for each data set (core, arc, mmlu, gsm8k, humaneval, wordlist), or a CORE
     bundle itself; what it lacks comes from the hub, save CORE, which is not there. `documents` gives the text of
-    "perplexity", for a model that sees `context` tokens, and `stamp` changes with it. `unsafe` lets
-    what models write run outside of a sandbox.
-
-    Raises FileNotFoundError or ValueError.
+    "perplexity", for a model that sees `context` tokens, and `stamp` changes with it. `unsafe` lets what
+    models write run outside of a sandbox. Raises FileNotFoundError or ValueError.
     """
+    _check(data)
     tasks: dict[str, Task] = {}
     bundle: Bundle | None = None
     for name in names:
@@ -87,16 +89,25 @@ def _unknown(name: str, labels: Iterable[str]) -> ValueError:
 def chat_task(name: str, data: str | None, hub: bool = True, unsafe: bool = False) -> Task:
     """A task of CHATCORE, from the folder of its data set in `data` where there is one, else from the hub, or where
     `hub` is false not at all. Raises FileNotFoundError."""
-    folder = FOLDERS[name]
-    if data is not None:
-        try:
-            return _chat_task(name, posixpath.join(data, folder), unsafe)
-        except FileNotFoundError:
-            if not hub and name != "Spelling":
-                raise
-    elif not hub and name != "Spelling":
+    folder = posixpath.join(data, FOLDERS[name]) if data is not None else None
+    if folder is not None and not _exists(folder):
+        folder = None
+    if folder is None and not hub and name != "Spelling":
         raise FileNotFoundError(f"{name} has no folder of evaluation data")
-    return _chat_task(name, None, unsafe)
+    return _chat_task(name, folder, unsafe)
+
+
+def _exists(place: str) -> bool:
+    if "://" in place:
+        filesystem, path = pafs.FileSystem.from_uri(place)
+    else:
+        filesystem, path = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(place))
+    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+
+
+def _check(data: str | None) -> None:
+    if data is not None and not _exists(data):
+        raise FileNotFoundError(f"{data} is not there; --eval-data is a folder or URI of evaluation data, or a bundle")
 
 
 def _chat_task(name: str, folder: str | None, unsafe: bool) -> Task:
@@ -117,19 +128,14 @@ def _chat_task(name: str, folder: str | None, unsafe: bool) -> Task:
 def at_hand(data: str | None, chat: bool) -> list[str]:
     """What can be asked without a network: of a model that chats, the tasks of CHATCORE whose data is in `data`, or
     needs none; of another, CORE where its bundle is there."""
-    found = []
-    for name in CHATCORE if chat else ("core",):
-        try:
-            if name in CHATCORE:
-                chat_task(name, data, hub=False)
-            elif data is None:
-                continue
-            else:
-                Bundle(data)
-        except FileNotFoundError:
-            continue
-        found.append(name)
-    return found
+    _check(data)
+    if chat:
+        folders = {name: data is not None and _exists(posixpath.join(data, FOLDERS[name])) for name in CHATCORE}
+        return [name for name, there in folders.items() if there or name == "Spelling"]
+    try:
+        return ["core"] if data is not None and Bundle(data).tasks else []
+    except FileNotFoundError:
+        return []
 
 
 def chosen(tasks: str, data: str | None, chat: bool) -> list[str]:

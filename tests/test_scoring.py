@@ -15,16 +15,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpus.tokenizers import META_FILE, Tokenizer
 from models.build import build
 from models.layers import LanguageModel
 from models.spec import Family, ModelSpec
-from stages.evaluation.score import Request, Score, batches, grow, score
+from stages.evaluation.score import TOKENS_AT_ONCE, Request, Score, batches, grow, score
+from stages.evaluation.text import open_text
 from tasks import arc, mmlu
 from tasks.core import EXAMPLES, ORDER, Bundle, centered, core
 from tasks.estimates import interval_of_core, same_share
 from tasks.perplexity import Perplexity
 from tasks.ranking import Question, answer, question, within
-from tasks.suite import suite
+from tasks.suite import at_hand, suite
 
 FAMILIES: tuple[Family, ...] = ("depth", "gpt2", "llama", "qwen3")
 VOCABULARY, CONTEXT = 300, 64
@@ -264,6 +266,44 @@ def test_fewer_examples_than_are_shown_before_a_question_draw_on_the_others(tmp_
     assert len(list(task.questions(Bytes(), 1))) == 1
 
 
+def test_what_is_kept_is_known_by_how_it_was_asked(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    before = {task.name: task.stamp for task in Bundle(str(bundle)).tasks}
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nchoose,20\nrefer,50\nfinish,0\n")
+    (bundle / "core.yaml").write_text(
+        ENTRIES.replace("uri: b/finish.jsonl", "uri: b/finish.jsonl, continuation_delimiter: '-'")
+    )
+    after = {task.name: task.stamp for task in Bundle(str(bundle)).tasks}
+    assert {name for name in before if before[name] != after[name]} == {"choose", "finish"}
+
+
+def test_a_place_that_is_not_there_is_no_reason_to_go_elsewhere(tmp_path: Path) -> None:
+    for ask in (lambda: suite(["MMLU"], str(tmp_path / "no")), lambda: at_hand(str(tmp_path / "no"), chat=True)):
+        with pytest.raises(FileNotFoundError, match="is not there; --eval-data"):
+            ask()
+    (tmp_path / "arc").mkdir()
+    with pytest.raises(FileNotFoundError, match="arc has none of ARC-Easy"):
+        suite(["ARC-Easy"], str(tmp_path))
+    assert at_hand(str(tmp_path), chat=False) == []
+
+
+def test_a_row_never_has_more_tokens_than_a_batch() -> None:
+    rng = np.random.default_rng(0)
+    stem = rng.integers(0, VOCABULARY, 400)
+    requests = [Request(np.array([*stem, *rng.integers(0, VOCABULARY, 40)]), 400) for _ in range(400)]
+    trees = grow(requests, ModelSpec.from_dial("llama", 16, VOCABULARY, 2048))
+    assert max(tree.size for tree in trees) <= TOKENS_AT_ONCE
+    assert sum(tree.size for tree in trees) < 20_000  # of 176,000
+
+
+def test_a_limit_asks_of_all_subjects(shared_data: Path) -> None:
+    first = [bytes(q.options[0][1:80]) for q in mmlu.task(str(shared_data / "mmlu")).questions(Bytes(), 50)]
+    with (shared_data / "mmlu/test.jsonl").open() as file:
+        subjects = {json.loads(row)["question"][:20]: json.loads(row)["subject"] for row in file}
+    found = {subject for start, subject in subjects.items() if any(start.encode() in text for text in first)}
+    assert len(found) > 15
+
+
 @pytest.mark.parametrize("name", ["cores", "mmlu", "arc_easy", "GSM8k"])
 def test_an_unknown_task_is_told_the_nearest(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no task '{name}'; did you mean"):
@@ -283,3 +323,23 @@ def test_real_questions_parse(shared_data: Path) -> None:
     for task in bundle.tasks:
         for asked in task.questions(text, 3):
             assert len({option[start:] for option, start in zip(asked.options, asked.starts, strict=True)}) >= 1
+
+
+def test_transformers_reads_the_same_of_a_directory_as_we_do(tmp_path: Path) -> None:
+    """What a model of other makers is asked through, on a tokenizer that both know."""
+    Tokenizer.train(["one two three four five six seven " * 20], 300).save(tmp_path)
+    ours = open_text(tmp_path)
+    (tmp_path / META_FILE).unlink()
+    theirs = open_text(tmp_path)
+    assert type(ours) is not type(theirs) and theirs.bos == ours.bos
+    for text in ("one two", "", " three\n\n", "<|bos|> é 😀"):
+        assert theirs.encode(text) == ours.encode(text)
+    chat = [{"role": "user", "content": "one <|user_end|> two"}]
+    assert theirs.prompt(chat) == ours.prompt(chat)
+
+
+def test_a_directory_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    """For these transformers makes a tokenizer of nothing, which gives no ids."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 300}')
+    with pytest.raises(FileNotFoundError, match="has no tokenizer that transformers can read"):
+        open_text(tmp_path)

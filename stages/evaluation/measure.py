@@ -22,7 +22,7 @@ from corpus.conversation import render_prompt
 from corpus.tokenizers import META_FILE, Tokenizer
 from models.hf import read_spec
 from stages.config import EvaluateConfig
-from stages.evaluate import graded, sampling, with_room
+from stages.evaluate import graded, sampling
 from stages.evaluation.pool import ScorePool
 from stages.evaluation.ranked import Asked, ask
 from stages.evaluation.text import open_text
@@ -37,7 +37,11 @@ from tasks.suite import CHATCORE, Task
 logger = logging.getLogger(__name__)
 
 TOOLS = NumberProblems.tools  # that a model may call while it answers
+VERSION = 1  # of how tasks are asked and graded
 SEED = 0  # of greedy completions, which draw nothing
+
+FAULTS = (OSError, ValueError, SandboxUnavailable)  # of one task, after which the others can be asked
+NO_CHAT = "it is asked in the chat format of models made here, which this model does not know"
 
 Figures = dict[str, Any]  # of one task
 Examples = list[dict[str, Any]]  # one a question
@@ -61,10 +65,11 @@ def summary(figures: dict[str, Figures], incomplete: dict[str, str], faults: dic
 
 
 class Kept:
-    """The answers of one model, a file a task, below a storage; `wanted` is all that they depend on."""
+    """The answers of one model, a file a task, below a storage. They are known by all that they depend on: the `model`,
+    what it computes in, what writes, the most examples a task, and this code."""
 
-    def __init__(self, storage: Storage, model: str, precision: str, limit: int | None) -> None:
-        self._wanted = {"model": model, "precision": precision, "limit": limit}
+    def __init__(self, storage: Storage, model: str, precision: str, engine: str, limit: int | None) -> None:
+        self._wanted = {"model": model, "precision": precision, "engine": engine, "limit": limit, "version": VERSION}
         self._storage = storage
 
     def _path(self, task: Task) -> str:
@@ -104,7 +109,11 @@ def measure(
     """
     new: list[Task] = []
     for task in tasks:
-        known = kept.read(task)
+        try:
+            known = kept.read(task)
+        except FAULTS as error:  # of its data, of which answers know the state
+            yield task.name, str(error), []
+            continue
         if known is None:
             new.append(task)
         else:
@@ -128,14 +137,17 @@ def measure(
                 figures, examples = asked.figures(), asked.examples()
                 kept.write(asked.task, figures, examples)
                 yield asked.task.name, figures, examples
-    if generated:
+    if generated and not (fetch() / META_FILE).is_file():
+        for task in generated:
+            yield task.name, NO_CHAT, []
+    elif generated:
         with ExitStack() as stack:
             if writers is None:
                 writers, _ = stack.enter_context(sampling(fetch, TOOLS, config, devices, say))
             for task in generated:
                 try:
                     figures, examples = _written(writers, fetch(), task, limit, say)
-                except (OSError, ValueError, SandboxUnavailable) as error:
+                except FAULTS as error:
                     yield task.name, str(error), []
                     continue
                 kept.write(task, figures, examples)
@@ -146,23 +158,25 @@ def measure(
 def _written(
     pool: RolloutPool, model: Path, task: GeneratedTask, limit: int | None, say: Callable[[str], None]
 ) -> tuple[Figures, Examples]:
-    """Figures and examples of a task whose answers `pool` writes. Raises FileNotFoundError or ValueError."""
+    """Figures and examples of a task whose answers `pool` writes. A problem that leaves no room for an answer in the
+    model's context counts as not solved. Raises FileNotFoundError, ValueError or SandboxUnavailable."""
     began, environment = time.monotonic(), task.environment
-    if not (model / META_FILE).is_file():
-        raise ValueError("it is asked in the chat format of models made here, which this model does not know")
-    tokenizer = Tokenizer.load(model)
-    problems = with_room(
-        environment, environment.problems("test")[:limit], tokenizer, read_spec(model).sequence_len, say
-    )
-    prompts = [render_prompt(environment.render(problem), tokenizer) for problem in problems]
-    seeds = [(SEED, i) for i in range(len(problems))]
-    completions = pool.sample(prompts, seeds, 1, task.max_new_tokens, greedy=True)
+    tokenizer, room = Tokenizer.load(model), read_spec(model).sequence_len
+    problems = environment.problems("test")[:limit]
+    environment.grade(problems[0], "")  # what cannot be graded need not be written
+    prompts = {i: render_prompt(environment.render(problem), tokenizer) for i, problem in enumerate(problems)}
+    fitting = [i for i, prompt in prompts.items() if len(prompt) < room]
+    if len(fitting) < len(problems):
+        say(f"{task.name}: {len(problems) - len(fitting)} of {len(problems)} problems leave no room for an answer")
+    seeds = [(SEED, i) for i in fitting]
+    completions = pool.sample([prompts[i] for i in fitting], seeds, 1, task.max_new_tokens, greedy=True)
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # which wait, where a sandbox grades
-        records = list(threads.map(lambda p, c: graded(environment, p, c[0], tokenizer), problems, completions))
-    examples = []
-    for index, record in enumerate(records):
-        right = record["grades"]["reward"] >= 1
-        examples.append({"task": task.name, "index": index, "correct": right, "scores": [record["grades"]["reward"]]})
-    measured = accuracy([example["correct"] for example in examples], task.baseline)
+        asked = [problems[i] for i in fitting]
+        records = threads.map(lambda p, c: graded(environment, p, c[0], tokenizer), asked, completions)
+        rewards = dict(zip(fitting, (record["grades"]["reward"] for record in records), strict=True))
+    scores = [rewards.get(i, 0.0) for i in prompts]
+    named = {"task": task.name}
+    examples = [named | {"index": i, "correct": score >= 1, "scores": [score]} for i, score in enumerate(scores)]
+    measured = accuracy([score >= 1 for score in scores], task.baseline)
     counted = {"examples": len(examples), "few_shot": task.few_shot, "seconds": time.monotonic() - began}
     return measured | counted, examples

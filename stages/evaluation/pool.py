@@ -20,6 +20,13 @@ AHEAD = 2  # batches that an actor has, so that none waits for the next
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def resolved(precision: str, devices: Devices) -> str:
+    """What "auto" stands for: bf16 on GPUs, fp32 on CPUs."""
+    if precision != "auto":
+        return precision
+    return "bf16" if devices.kind == "cuda" else "fp32"
+
+
 @ray.remote(max_restarts=2, max_task_retries=2)
 class ScoreActor:
     """One copy of the model on one device; a batch that it dies with is scored again."""
@@ -35,7 +42,7 @@ class ScoreActor:
 class ScorePool:
     """Scores requests under the model that `fetch` brings to a machine, in `actors` of `devices`, at `places`.
 
-    `precision` is "fp32", "bf16" or "auto": bf16 on GPUs, fp32 on CPUs.
+    `precision` is "fp32", "bf16" or "auto".
     """
 
     def __init__(
@@ -44,8 +51,7 @@ class ScorePool:
         self.spec: ModelSpec = read_spec(fetch())
         on_gpu = devices.kind == "cuda"
         threads = devices.threads(1 if on_gpu else actors)
-        if precision == "auto":
-            precision = "bf16" if on_gpu else "fp32"
+        precision = resolved(precision, devices)
         options = {"num_gpus": int(on_gpu), "num_cpus": 0, "scheduling_strategy": places}
         remote = ScoreActor.options(**options)  # type: ignore[attr-defined]
         self._actors = [remote.remote(fetch, on_gpu, threads, precision) for _ in range(actors)]

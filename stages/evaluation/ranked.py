@@ -14,7 +14,7 @@ from stages.evaluation.pool import ScorePool
 from stages.evaluation.score import Request, Score
 from tasks.ranking import Answer, Question, RankedTask, Text, answer, within
 
-AT_ONCE = 1024  # questions whose tokens are in memory
+AT_ONCE = 256  # questions whose tokens are in memory
 
 
 @dataclass

@@ -113,7 +113,7 @@ def grow(requests: Sequence[Request], spec: ModelSpec) -> list[Tree]:
     for i in order:
         tokens = requests[i].tokens
         joined = trees[-1].size + len(tokens) - trees[-1].shared(tokens) if trees else 0
-        if not trees or cost(joined) > cost(trees[-1].size) + cost(len(tokens)):
+        if joined > TOKENS_AT_ONCE or not trees or cost(joined) > cost(trees[-1].size) + cost(len(tokens)):
             trees.append(Tree())
         trees[-1].add(i, requests[i])
     return trees

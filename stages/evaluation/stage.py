@@ -21,7 +21,8 @@ from stages import report
 from stages.config import EvaluateConfig
 from stages.context import StageContext
 from stages.evaluate import measure_task, measure_text, opened, sampling
-from stages.evaluation.measure import TOOLS, Examples, Figures, Kept, measure, summary
+from stages.evaluation.measure import FAULTS, TOOLS, Examples, Figures, Kept, measure, summary
+from stages.evaluation.pool import resolved
 from stages.rl.rollout import RolloutPool
 from tasks.environments import EnvironmentFile
 from tasks.generated import GeneratedTask
@@ -97,7 +98,8 @@ class Answers:
     def __init__(self, context: StageContext, source: str, config: EvaluateConfig, devices: Devices) -> None:
         model = manifest.read(context.upstream[source])
         assert model is not None  # the stage has been started because it is there
-        self._kept = Kept(context.storage.at(ANSWERS), model.digest(), "auto", config.limit)
+        precision = resolved("auto", devices)
+        self._kept = Kept(context.storage.at(ANSWERS), model.digest(), precision, config.engine, config.limit)
         self._fetch, self._note = partial(context.fetch, source), context.note
         self._config, self._devices = config, devices
         self.figures: dict[str, Figures] = {}
@@ -105,19 +107,35 @@ class Answers:
         self.examples: Examples = []
 
     def ask(self, tasks: Sequence[Task], writers: RolloutPool | None = None) -> None:
-        """Asks these; `writers` write, where they are given."""
+        """Asks these; `writers` write, where they are given. What else goes wrong is a fault of all that are not
+        answered, as the run's own problems are by then."""
         gpus = min(self._devices.gpus, resources().gpus or 1)  # machines may have gone since the run began
         actors = self._config.actors(gpus, self._devices.cpus)
         limit, precision = self._config.limit, "auto"
-        for name, found, examples in measure(
-            self._fetch, tasks, limit, self._kept, self._devices, actors, self._config, precision, self._note, writers
-        ):
-            if isinstance(found, str):
-                self.faults[name] = found
-                self._note(f"{name} could not be asked: {found}")
-            else:
-                self.figures[name] = found
-                self.examples += examples
+        try:
+            for name, found, examples in measure(
+                self._fetch,
+                tasks,
+                limit,
+                self._kept,
+                self._devices,
+                actors,
+                self._config,
+                precision,
+                self._note,
+                writers,
+            ):
+                if isinstance(found, str):
+                    self.faults[name] = found
+                else:
+                    self.figures[name] = found
+                    self.examples += examples
+        except (RuntimeError, ray.exceptions.RayError, *FAULTS) as error:
+            answered = self.figures | self.faults
+            self.faults |= {task.name: str(error) for task in tasks if task.name not in answered}
+        for task in tasks:
+            if task.name in self.faults:
+                self._note(f"{task.name} could not be asked: {self.faults[task.name]}")
 
 
 def headline(found: dict[str, Any]) -> dict[str, float]:

@@ -38,11 +38,14 @@ class _Theirs:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            why = "" if self.encode("a") else "it makes nothing of a text"  # as where transformers found no vocabulary
         except (OSError, ValueError, KeyError) as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
+        if why:
             raise FileNotFoundError(
-                f"{directory} has no tokenizer that transformers can read ({_first_line(error)}); put tokenizer.json "
-                "and tokenizer_config.json of the model beside its weights"
-            ) from error
+                f"{directory} has no tokenizer that transformers can read ({why}); put tokenizer.json and "
+                "tokenizer_config.json of the model beside its weights"
+            )
 
     @cached_property
     def bos(self) -> int:
@@ -59,11 +62,14 @@ class _Theirs:
         if self._tokenizer.chat_template is None:
             raise ValueError(
                 "the model's tokenizer has no chat template, so it cannot be asked in a chat; a base model is measured "
-                "with --tasks core or --tasks bpb"
+                "with --tasks core or --tasks perplexity"
             )
-        ids: list[int] = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        from jinja2 import TemplateError
+
+        try:
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template of the model's tokenizer fails: {error}") from error
         return ids
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
