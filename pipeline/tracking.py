@@ -24,7 +24,7 @@ from stages.context import Progress
 POLL_SECONDS = 1.0
 LINE_SECONDS = 10.0
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "drifted": "yellow", "resumable": "blue"}
-SHOWN = ("val_bpb", "greedy", "pass", "reward", "val_pass", "kl_sft", "loss", "mfu", "tokens_per_second")
+SHOWN = ("val_bpb", "core", "greedy", "pass", "reward", "val_pass", "kl_sft", "loss", "mfu", "tokens_per_second")
 log = logging.getLogger(__name__)
 
 

@@ -117,6 +117,7 @@ def test_a_run_asks_core_after_base_and_on_the_way(line: Run, tmp_path: Path) ->
     on_the_way = ("--set", "base.core_every=20", "--set", "base.core_examples=6", "--set", "evaluate.limit=6")
     result = run.go("--from", "base", "--until", "evaluate_base", "--eval-data", str(bundle), *on_the_way)
     assert result.code == 0, result.output
+    assert "CORE* " in result.output and "of 3 of 22 tasks" in " ".join(result.output.split())
     assert (run.path / "base/model.safetensors").read_bytes() == (line.path / "base/model.safetensors").read_bytes()
     asked = {record["step"]: record["val_core"] for record in run.records("base") if "val_core" in record}
     assert list(asked) == [20]

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import zipfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from corpus.tokenizers import META_FILE, Tokenizer
 from models.build import build
+from models.hf import save_pretrained
 from models.layers import LanguageModel
 from models.spec import Family, ModelSpec
 from stages.evaluation.score import TOKENS_AT_ONCE, Request, Score, batches, grow, score
@@ -343,3 +345,33 @@ def test_a_directory_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 300}')
     with pytest.raises(FileNotFoundError, match="has no tokenizer that transformers can read"):
         open_text(tmp_path)
+
+
+@torch.no_grad()
+def test_choices_are_those_of_transformers_under_lm_evals_prompt(tmp_path: Path, shared_data: Path) -> None:
+    """ARC as lm-evaluation-harness asks it: `Question: ...\\nAnswer:`, a space, and the choice whose whole text is
+    likeliest; its model class computes with transformers."""
+    from transformers import AutoModelForCausalLM
+
+    model = build(ModelSpec.from_dial("llama", 2, VOCABULARY, 1024))
+    model.init_weights(0)
+    save_pretrained(model, tmp_path, 256, [257], 258)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    rows = (shared_data / "arc/ARC-Easy.validation.jsonl").read_text().splitlines()[:40]
+    requests, expected = [], []
+    for row in map(json.loads, rows):
+        context = [Bytes.bos, *f"Question: {row['question']}\nAnswer:".encode()]
+        likelihoods = []
+        for choice in row["choices"]["text"]:
+            ids = [*context, *f" {choice}".encode()]
+            requests.append(Request(np.array(ids), len(context)))
+            logprobs = theirs(torch.tensor([ids])).logits[0].log_softmax(-1)
+            likelihoods.append(sum(logprobs[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
+        expected.append(likelihoods)
+    scores = iter(zip(requests, scored(model, requests, 8192), strict=True))
+    for likelihoods in expected:
+        ours = [
+            -score.loss * (len(request.tokens) - request.start) for request, score in islice(scores, len(likelihoods))
+        ]
+        assert ours == pytest.approx(likelihoods, abs=1e-3)
+        assert ours.index(max(ours)) == likelihoods.index(max(likelihoods))

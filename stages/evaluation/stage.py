@@ -24,6 +24,7 @@ from stages.evaluate import measure_task, measure_text, opened, sampling
 from stages.evaluation.measure import FAULTS, TOOLS, Examples, Figures, Kept, measure, summary
 from stages.evaluation.pool import resolved
 from stages.rl.rollout import RolloutPool
+from tasks.core import LABELS
 from tasks.environments import EnvironmentFile
 from tasks.generated import GeneratedTask
 from tasks.suite import CHATCORE, Task, chosen, suite
@@ -59,6 +60,7 @@ def run(
     fetch = partial(context.fetch, source)
     asked = suite(chosen(config.tasks, config.data, chat=source != "base"), config.data)
     answers = Answers(context, source, config, devices)
+    stats: dict[str, Any] = {}
     with context.scratch() as directory:
         if problems is None:
             on_device = ray.remote(num_cpus=0, num_gpus=int(devices.kind == "cuda"))
@@ -80,8 +82,9 @@ def run(
             (directory / "tasks.json").write_text(json.dumps(found, indent=1) + "\n")
             _write_lines(directory / "examples.jsonl", answers.examples)
             metrics |= headline(found)
+            stats = {"notes": [told(found)]}
         (directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        context.publish(directory, metrics, time.monotonic() - began)
+        context.publish(directory, metrics, time.monotonic() - began, stats)
     context.storage.delete(ANSWERS)
 
 
@@ -151,6 +154,22 @@ def headline(found: dict[str, Any]) -> dict[str, float]:
             shown = name.lower().replace("-", "_")
             metrics |= {shown: figures["accuracy"], f"{shown}_low": figures["low"], f"{shown}_high": figures["high"]}
     return metrics
+
+
+def told(found: dict[str, Any]) -> str:
+    """A line of a `summary`: the scores, and the tasks of ChatCORE one by one."""
+    parts = []
+    for title, score, names, whole in (
+        ("CORE", "core", "core_labels", LABELS),
+        ("ChatCORE", "chatcore", "chatcore_tasks", len(CHATCORE)),
+    ):
+        if found[score] is not None:
+            of = f" of {len(found[names])} of {whole} tasks" if len(found[names]) < whole else ""
+            parts.append(f"{title}{'*' if of else ''} {found[score]:.4f}{of}")
+    for name in found["chatcore_tasks"]:
+        figures = found["tasks"][name]
+        parts.append(f"{name} {figures['accuracy']:.3f} ({figures['low']:.3f}-{figures['high']:.3f})")
+    return ", ".join(parts)
 
 
 def samples(directory: Path, devices: Devices) -> list[dict[str, Any]]:
