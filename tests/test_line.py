@@ -45,7 +45,8 @@ def test_the_last_table_has_every_stage_with_its_figures(line: Run) -> None:
     assert line.result is not None
     table = line.result.output[line.result.output.rindex("artifact") :]
     rows = {row.split()[0]: row for row in table.splitlines()[1:] if row.strip()}
-    assert list(rows) == STAGES
+    told = [name for name in rows if name.endswith(":")]  # below the table, what a stage has to say
+    assert list(rows) == [*STAGES, *told]
     assert all(str(line.path / name) in row for name, row in rows.items())
     assert "val_bpb_full" in rows["evaluate_base"] and "greedy" in rows["evaluate_rl"]
 
