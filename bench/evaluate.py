@@ -11,19 +11,16 @@ import argparse
 import importlib.util
 import json
 import random
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
-from bench.report import write
+from bench.report import watching_memory, write
 from cluster.resources import resources
 from cluster.runtime import connect
 from models.hf import from_pretrained
@@ -105,37 +102,6 @@ def one_by_one(model: LanguageModel, text: Text, tasks: list[CoreTask], limit: i
     return answers
 
 
-@contextmanager
-def watching_memory() -> Iterator[dict[str, float]]:
-    """Fills in `gib`: the most memory that this process and its children had together, shared pages once each."""
-    peak, ended = {"gib": 0.0}, threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.5):
-            total = 0
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                try:
-                    memory = process.memory_info()
-                except psutil.NoSuchProcess:
-                    continue
-                total += memory.rss - memory.shared
-            peak["gib"] = max(peak["gib"], total / 2**30)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        ended.set()
-        thread.join()
-
-
-def timed(run: Callable[[], Answers]) -> tuple[Answers, float]:
-    began = time.perf_counter()
-    answers = run()
-    return answers, time.perf_counter() - began
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory of a model, such as runs/NAME/base")
@@ -153,25 +119,22 @@ def main() -> None:
     connect(False)
     devices = resources()
     text = open_text(args.model)
-    pool = ScorePool(args.model.resolve, devices, devices.cpus, "SPREAD", "fp32")
-    warm = [(None, [Request(np.array([text.bos, text.bos]), 1)] * devices.cpus)]
-    list(pool.scores(warm))  # every actor has loaded its model
-
-    def ours() -> Answers:
-        return {
-            a.task.name: [example["correct"] for example in a.examples()] for a in ask(pool, tasks, text, args.limit)
-        }
-
-    with watching_memory() as peak:
-        found, seconds = timed(ours)
-    pool.__exit__()
+    with ScorePool(args.model.resolve, devices, devices.cpus, "SPREAD", "fp32") as pool:
+        least = [Request(np.array([text.bos, text.bos]), 1)]
+        list(pool.scores((i, least) for i in range(devices.cpus)))  # every actor has loaded its model
+        with watching_memory() as peak:
+            began = time.perf_counter()
+            answered = ask(pool, tasks, text, args.limit)
+            found = {a.task.name: [example["correct"] for example in a.examples()] for a in answered}
+            seconds = time.perf_counter() - began
     torch.set_num_threads(devices.threads(1))
     model = from_pretrained(args.model)
+    began = time.perf_counter()
     if args.nanochat:
-        place = Path(args.eval_data)
-        expected, beside = timed(lambda: of_nanochat(args.nanochat, model, text, place, tasks, args.limit))
+        expected = of_nanochat(args.nanochat, model, text, Path(args.eval_data), tasks, args.limit)
     else:
-        expected, beside = timed(lambda: one_by_one(model, text, tasks, args.limit))
+        expected = one_by_one(model, text, tasks, args.limit)
+    beside = time.perf_counter() - began
     rows: list[dict[str, Any]] = []
     for task in tasks:
         pairs = list(zip(found[task.name], expected[task.name], strict=True))

@@ -12,16 +12,13 @@ import argparse
 import os
 import shutil
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -29,7 +26,7 @@ import rustbpe
 import tiktoken
 import torch
 
-from bench.report import write
+from bench.report import watching_memory, write
 from cluster import manifest
 from cluster.runtime import connect
 from cluster.storage import Storage
@@ -135,28 +132,6 @@ def reader_rate(context: StageContext) -> float:
     return read / (time.perf_counter() - began)
 
 
-@contextmanager
-def watching_memory() -> Iterator[dict[str, float]]:
-    """{"gib"}: the most resident memory that any process below this one had meanwhile; this one is left out."""
-    peak, stop = {"gib": 0.0}, threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.2):
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    peak["gib"] = max(peak["gib"], process.memory_info().rss / (1 << 30))
-                except psutil.NoSuchProcess:
-                    continue
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        watcher.join()
-
-
 @ray.remote(num_cpus=0)
 def run_ingest(context: StageContext, data: DataConfig, sequence_len: int) -> float:
     """Seconds that the corpus takes, in a process of its own, as in a run."""
@@ -202,7 +177,7 @@ def main() -> None:
         results = [
             Measured("ingest, beside tiktoken's batch encoding", rate, "MB/s", mb, rate / mb),
             Measured("training the tokenizer, beside rustbpe", ours, "s", alone, ours / alone),
-            Measured("memory of the largest process", peak["gib"], "GiB", 1.5, peak["gib"] / 1.5),
+            Measured("memory of the largest process", peak["largest_gib"], "GiB", 1.5, peak["largest_gib"] / 1.5),
             Measured("reading rows from disk", reader_rate(reader) / 1e6, "Mtok/s", 50, 0),
         ]
         if args.s3:

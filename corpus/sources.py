@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -252,7 +253,7 @@ def stamps(spec: str, split: str = "train", kinds: Sequence[str] = KINDS) -> dic
         return {}
     found = {}
     for uri in _files(spec, split, kinds):
-        filesystem, path = _filesystem(uri)
+        filesystem, path = filesystem_of(uri)
         info = filesystem.get_file_info(path)
         found[uri] = (info.size, info.mtime_ns)
     return found
@@ -283,7 +284,7 @@ def _unchanged(unit: Unit) -> Iterator[None]:
 def _check_unchanged(unit: Unit) -> None:
     if "changed" not in unit:  # made here, or of the hub, where a file is named with its commit
         return
-    filesystem, path = _filesystem(unit["uri"])
+    filesystem, path = filesystem_of(unit["uri"])
     info = filesystem.get_file_info(path)
     if (info.size, info.mtime_ns) != (unit["size"], unit["changed"]):
         raise ValueError(changed_text(unit["uri"]))
@@ -302,7 +303,7 @@ def _units_of_file(uri: str, column: str, text_documents: str, unit_bytes: int) 
     unit |= {"documents": text_documents} if unit["kind"] == "txt" else {"column": column}
     if uri.startswith("hf://"):
         return [unit]
-    filesystem, path = _filesystem(uri)
+    filesystem, path = filesystem_of(uri)
     info = filesystem.get_file_info(path)
     size = info.size
     unit |= {"size": size, "changed": info.mtime_ns}
@@ -466,7 +467,7 @@ def _open_parquet(uri: str, plain: bool = False) -> Iterator[pq.ParquetFile]:
     `plain` leaves out which Arrow types its columns had, so that a dictionary's values are read one by one: as a whole
     it is refused for a single one that is not UTF-8.
     """
-    filesystem, path = _filesystem(uri)
+    filesystem, path = filesystem_of(uri)
     try:
         with pq.ParquetFile(path, filesystem=filesystem, buffer_size=READ_BYTES) as file:
             if objects := [field.name for field in file.schema_arrow if _holds_objects(field.type)]:
@@ -514,7 +515,7 @@ def _batches(file: pq.ParquetFile, row_groups: range, columns: list[str] | None 
 @contextmanager
 def _open_lines(uri: str, start: int = 0) -> Iterator[BinaryIO]:
     """A file of lines, decompressed, from byte `start`; what goes wrong while it is open names it."""
-    filesystem, path = _filesystem(uri)
+    filesystem, path = filesystem_of(uri)
     try:
         if start:
             raw = filesystem.open_input_file(path)
@@ -578,7 +579,7 @@ def _files(
     parts = location.split("/")
     fixed = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
     base = "/".join(parts[:fixed]) or ("/" if location.startswith("/") else ".")
-    filesystem, root = _filesystem(base + query)
+    filesystem, root = filesystem_of(base + query)
     while fixed < len(parts):  # what is there under just this name is no glob
         literal = f"{root.rstrip('/')}/{parts[fixed]}"
         if filesystem.get_file_info(literal).type == pafs.FileType.NotFound:
@@ -709,7 +710,8 @@ def _matches(names: Sequence[str], globs: Sequence[str], hidden: bool = True) ->
     return match(0, 0)
 
 
-def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a path or URI, and the path on it. Raises ValueError for a URI that cannot be read."""
     if uri.startswith("hf://"):
         uri = _download(uri)
     if "://" not in uri:
@@ -718,6 +720,12 @@ def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         return cast(tuple[pafs.FileSystem, str], pafs.FileSystem.from_uri(uri))
     except pa.ArrowInvalid as error:
         raise ValueError(f"{uri} is not a location this can read: {error}") from error
+
+
+def below(place: str, name: str) -> str:
+    """What is called `name` in a folder, a path or a URI."""
+    location, query = _split_query(place)
+    return posixpath.join(location, name) + query
 
 
 def _split_query(spec: str) -> tuple[str, str]:

@@ -78,6 +78,8 @@ def work(arguments: dict[str, Any]) -> None:
         )
         benchmark = (config.core_every, asked)
     reporter = Reporter(context.storage, schedule.steps, world.rank > 0, schedule.seconds, config.max_skipped)
+    if benchmark is not None and (left_out := benchmark[1].left_out):
+        reporter.note(f"CORE on the way is without {', '.join(left_out)}, whose answers do not fit into the context")
     with context.scratch(scratch_bytes(model, world)) as scratch:
         checkpoints = Checkpoints(context, world, scratch, reporter, config.keep_last)
         train(model, rows, config, schedule, seed, world, checkpoints, reporter, validate, benchmark)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import posixpath
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from corpus.left_out import UnusableError
-from corpus.sources import count_records, read_records, stamps
+from corpus.sources import below, count_records, read_records, stamps
 from tasks import ranking
 
 ORDER = 42  # seed of the order in which questions are asked
@@ -68,7 +67,7 @@ def conversation_of(record: dict[str, Any]) -> dict[str, Any]:
 def first_of(folder: str, names: Sequence[str]) -> str:
     """The first of the files `names`, which may be globs, that a folder or URI has. Raises FileNotFoundError."""
     for name in names:
-        spec = posixpath.join(folder, name)
+        spec = below(folder, name)
         try:
             count_records(spec, limit=1)
         except FileNotFoundError:

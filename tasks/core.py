@@ -12,7 +12,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import posixpath
 import random
 import zipfile
@@ -26,6 +25,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import yaml
 
+from corpus.sources import filesystem_of
 from tasks.ranking import Answer, Kind, Question, Text, accuracy, question
 
 LABELS = 22
@@ -201,10 +201,7 @@ class _Files:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        if "://" in source:
-            self._filesystem, self._root = pafs.FileSystem.from_uri(source)
-        else:
-            self._filesystem, self._root = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(source))
+        self._filesystem, self._root = filesystem_of(source)
         self._zip = None
         if source.partition("?")[0].lower().endswith(".zip"):
             try:

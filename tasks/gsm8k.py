@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator
 
-from corpus.sources import read_records
+from corpus.sources import below, read_records
 from corpus.synthetic import Split
 from tasks.base import NumberProblems, Problem
 
@@ -24,7 +23,7 @@ class GSM8K(NumberProblems):
             return f"{HUB}:main" if self._source == HUB else self._source
         if self._source.partition("?")[0].lower().endswith((".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")):
             return self._source
-        return posixpath.join(self._source, f"{split}.jsonl")
+        return below(self._source, f"{split}.jsonl")
 
     def stream(self, split: str) -> Iterator[Problem]:
         """The problems of a split, read as they are asked for. Raises FileNotFoundError or ValueError."""

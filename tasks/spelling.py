@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import io
-import os
-import posixpath
 import random
 from collections.abc import Iterator
 from string import ascii_lowercase
@@ -15,6 +13,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
+from corpus.sources import below, filesystem_of
 from corpus.synthetic import JOBS, OBJECTS, PLACES, WEATHER, Split
 from tasks.base import NumberProblems, Problem
 
@@ -37,25 +36,19 @@ ABSENT = 0.2  # share of the counting questions whose letter is any of the alpha
 
 def read_words(source: str) -> list[str]:
     """The words of a word list, a path or URI, one a line; those with anything but letters are left out."""
-    if "://" in source:
-        filesystem, path = pafs.FileSystem.from_uri(source)
-    else:
-        filesystem, path = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(source))
+    filesystem, path = filesystem_of(source)
     with io.TextIOWrapper(filesystem.open_input_stream(path), encoding="utf-8", errors="replace") as lines:
         return [word for word in map(str.strip, lines) if word.isalpha()]
 
 
 def word_list(folder: str) -> str:
     """The first file of a folder or URI, by name. Raises FileNotFoundError."""
-    if "://" in folder:
-        filesystem, path = pafs.FileSystem.from_uri(folder)
-    else:
-        filesystem, path = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(folder))
+    filesystem, path = filesystem_of(folder)
     found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     files = sorted(info.base_name for info in found if info.type == pafs.FileType.File)
     if not files:
         raise FileNotFoundError(f"{folder} has no word list")
-    return posixpath.join(folder, files[0])
+    return below(folder, files[0])
 
 
 def conversations(source: str, seed: int) -> Iterator[dict[str, Any]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 import pyarrow.fs as pafs
 
+from corpus.sources import below, filesystem_of
 from tasks import arc, humaneval, mmlu, spelling
 from tasks.choices import first_of
 from tasks.core import Bundle
@@ -89,7 +88,7 @@ def _unknown(name: str, labels: Iterable[str]) -> ValueError:
 def chat_task(name: str, data: str | None, hub: bool = True, unsafe: bool = False) -> Task:
     """A task of CHATCORE, from the folder of its data set in `data` where there is one, else from the hub, or where
     `hub` is false not at all. Raises FileNotFoundError."""
-    folder = posixpath.join(data, FOLDERS[name]) if data is not None else None
+    folder = below(data, FOLDERS[name]) if data is not None else None
     if folder is not None and not _exists(folder):
         folder = None
     if folder is None and not hub and name != "Spelling":
@@ -98,10 +97,7 @@ def chat_task(name: str, data: str | None, hub: bool = True, unsafe: bool = Fals
 
 
 def _exists(place: str) -> bool:
-    if "://" in place:
-        filesystem, path = pafs.FileSystem.from_uri(place)
-    else:
-        filesystem, path = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(place))
+    filesystem, path = filesystem_of(place)
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
@@ -130,7 +126,7 @@ def at_hand(data: str | None, chat: bool) -> list[str]:
     needs none; of another, CORE where its bundle is there."""
     _check(data)
     if chat:
-        folders = {name: data is not None and _exists(posixpath.join(data, FOLDERS[name])) for name in CHATCORE}
+        folders = {name: data is not None and _exists(below(data, FOLDERS[name])) for name in CHATCORE}
         return [name for name, there in folders.items() if there or name == "Spelling"]
     try:
         return ["core"] if data is not None and Bundle(data).tasks else []

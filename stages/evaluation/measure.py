@@ -16,6 +16,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
+from cluster.manifest import informing
 from cluster.resources import Devices
 from cluster.storage import Storage
 from corpus.conversation import render_prompt
@@ -64,6 +67,15 @@ def summary(figures: dict[str, Figures], incomplete: dict[str, str], faults: dic
     return found | {"core_incomplete": incomplete, "bpb": bpb, "faults": faults}
 
 
+class KeptTask(BaseModel):
+    """What is kept of a task; a file that is no such thing is as none, and the task is asked again."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    figures: Figures
+    examples: Examples
+
+
 class Kept:
     """The answers of one model, a file a task, below a storage. They are known by all that they depend on: the `model`,
     what it computes in, what writes, the most examples a task, and this code."""
@@ -77,11 +89,8 @@ class Kept:
         return f"{hashlib.sha256(named.encode()).hexdigest()[:24]}.json"
 
     def read(self, task: Task) -> tuple[Figures, Examples] | None:
-        path = self._path(task)
-        if not self._storage.exists(path):
-            return None
-        kept = self._storage.read_json(path)
-        return kept["figures"], kept["examples"]
+        kept = informing(self._storage, self._path(task), KeptTask)
+        return None if kept is None else (kept.figures, kept.examples)
 
     def write(self, task: Task, figures: Figures, examples: Examples) -> None:
         self._storage.write_json(self._path(task), {"figures": figures, "examples": examples})

@@ -18,8 +18,8 @@ from tasks.ranking import answer, within
 class CoreOnTheWay:
     """Asks the first `examples` of each label of a bundle, always the same, of a model as it is; every rank takes part.
 
-    A label that leaves no room for its answers in the model's context is not asked. Raises FileNotFoundError or
-    ValueError for a bundle that cannot be read.
+    `left_out` are the labels whose answers have no room in the model's context, which are not asked. Raises
+    FileNotFoundError or ValueError for a bundle that cannot be read.
     """
 
     def __init__(
@@ -27,11 +27,13 @@ class CoreOnTheWay:
     ) -> None:
         self.world, self.precision = world, precision
         self.tasks, self.questions, requests = [], [], list[Request]()
+        self.left_out: list[str] = []
         for task in Bundle(data).tasks:
             asked = list(task.questions(Ours(tokenizer), examples))
             try:
                 fitting = [within(question, spec.sequence_len) for question in asked]
             except ValueError:
+                self.left_out.append(task.name)
                 continue
             self.tasks.append(task)
             self.questions.append(fitting)

@@ -62,7 +62,9 @@ class Tree:
 
     def shared(self, tokens: np.ndarray) -> int:
         """How many tokens at the beginning of `tokens` are those of the newest sequence."""
-        return common_prefix((self._newest, tokens))
+        least = min(len(self._newest), len(tokens))
+        differs = self._newest[:least] != tokens[:least]
+        return int(differs.argmax()) if differs.any() else least
 
     def add(self, number: int, request: Request) -> None:
         """Lays request `number` in; the order is lexicographic, else what is shared is computed again."""
@@ -85,16 +87,6 @@ class Tree:
         for places, end in self._cut:
             ends[places] = end
         return np.pad(np.concatenate(self._ids), pad), np.pad(np.concatenate(self._positions), pad), ends
-
-
-def common_prefix(sequences: Sequence[np.ndarray]) -> int:
-    """How many tokens all of `sequences` have in common at their beginning."""
-    least = min(map(len, sequences))
-    first = sequences[0][:least]
-    differs = np.zeros(least, dtype=bool)
-    for other in sequences[1:]:
-        differs |= first != other[:least]
-    return int(differs.argmax()) if differs.any() else least
 
 
 def grow(requests: Sequence[Request], spec: ModelSpec) -> list[Tree]:
