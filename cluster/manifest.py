@@ -51,6 +51,25 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+class Counts(BaseModel):
+    """What there is of a source, as `corpus.left_out` counts it."""
+
+    read: int
+    kept: int
+    left_out: dict[str, int]
+    example: str = ""
+    shortened: int = 0
+
+
+class Stats(BaseModel):
+    """What the commands show of `Manifest.stats`, which may hold more."""
+
+    notes: list[str] = Field(default_factory=list)
+    skipped: dict[str, dict[str, int]] = Field(default_factory=dict)
+    read: dict[str, Counts] = Field(default_factory=dict)
+    tokens_below: dict[int, int] = Field(default_factory=dict)
+
+
 @dataclass(config=ConfigDict(extra="forbid"))
 class Manifest:
     """`identity` holds nested config fields, `upstream` digests such as {"ingest:base": "..."}, `metrics` the figures
@@ -72,6 +91,11 @@ class Manifest:
     def _each_file_once(self) -> Manifest:
         if len({file.path for file in self.files}) < len(self.files):
             raise ValueError("a file is listed twice")
+        return self
+
+    @model_validator(mode="after")
+    def _stats_can_be_shown(self) -> Manifest:
+        Stats.model_validate(self.stats)
         return self
 
     @property

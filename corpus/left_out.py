@@ -63,7 +63,8 @@ def skipped(files: Mapping[str, int]) -> str:
         "broken": "missing, behind a link",
         "other": "of another kind",
     }
-    return ", ".join(f"{count:,} {'file' if count == 1 else 'files'} {why[name]}" for name, count in files.items())
+    counted = {why.get(name, name): count for name, count in files.items()}
+    return ", ".join(f"{count:,} {'file' if count == 1 else 'files'} {reason}" for reason, count in counted.items())
 
 
 def lines(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:

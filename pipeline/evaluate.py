@@ -194,7 +194,7 @@ class Report:
 def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Console) -> Report:
     """Asks a model all of the suite, with a line of progress for each task."""
     report = Report(model, incomplete=asked.incomplete)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     config, devices = EvaluateConfig(engine=args.engine), resources()
     storage, precision = Storage(args.storage).at(EVALUATIONS), resolved(args.precision, devices)
     kept = Kept(storage, model.digest, precision, args.engine, args.limit)
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: ask at least 1 example a task, or leave --limit out for all")
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    console = Console()
+    console = Console(markup=False)  # names and messages are shown as they are
     models = [find(what, args.storage) for what in args.what]
     documents, stamp = documents_of(args.text, args.what, args.storage) if "perplexity" in names else (None, "")
     for model in models:
@@ -351,13 +351,6 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
     connect(args.debug)
     reports = [measured(model, asked, args, console) for model, asked in zip(models, suites, strict=True)]
-    console.print(table(reports, args.limit))
-    for report in reports:
-        for name, fault in report.faults.items():
-            console.print(f"{report.model.name}: {name} could not be asked: {fault}", style="red", soft_wrap=True)
-    if reports[0].incomplete:
-        missing = "; ".join(f"{label}: {why}" for label, why in reports[0].incomplete.items())
-        console.print(f"CORE* is not CORE: {missing}", soft_wrap=True, highlight=False)
     if args.json is not None:
         summaries = [report.summary() for report in reports]
         text = json.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=1)
@@ -373,6 +366,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.csv is not None:
         for i, report in enumerate(reports):
             write_csv(args.csv if not i else args.csv.with_stem(f"{args.csv.stem}-{i + 1}"), report)
+    console.print(table(reports, args.limit))
+    for report in reports:
+        for name, fault in report.faults.items():
+            console.print(f"{report.model.name}: {name} could not be asked: {fault}", style="red", soft_wrap=True)
+    if reports[0].incomplete:
+        missing = "; ".join(f"{label}: {why}" for label, why in reports[0].incomplete.items())
+        console.print(f"CORE* is not CORE: {missing}", soft_wrap=True, highlight=False)
     return 1 if any(report.faults for report in reports) else 0
 
 

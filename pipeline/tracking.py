@@ -198,7 +198,7 @@ def final_table(store: RunStore, states: list[StageState], console: Console | No
         row, style = summary(store, state), STYLES.get(state.state, "dim")
         took, metrics = duration(row["seconds"]), key_metrics(row["metrics"])
         artifact = row["uri"] if state.manifest is not None else ""
-        table.add_row(state.name, Text(state.state, style), took, metrics, Text(artifact))
+        table.add_row(state.name, Text(state.state, style), took, Text(metrics), Text(artifact))
         lines.append(f"{state.name:<14} {state.state:<9} {took}".rstrip())
         if metrics:
             lines.append("  " + ", ".join(figure.replace(" ", TOGETHER) for figure in metrics.split("  ")))

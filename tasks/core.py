@@ -212,7 +212,7 @@ class _Files:
         else:
             selector = pafs.FileSelector(self._root, recursive=True)
             infos = self._filesystem.get_file_info(selector)
-            paths = [posixpath.relpath(i.path, self._root) for i in infos if i.type != pafs.FileType.Directory]
+            paths = [posixpath.relpath(i.path, self._root) for i in infos if i.type == pafs.FileType.File]
         heads = sorted((path for path in paths if Path(path).name == "core.yaml"), key=lambda path: path.count("/"))
         if not heads:
             raise FileNotFoundError(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
 import random
 import zipfile
 from itertools import islice
@@ -16,11 +19,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.storage import Storage
 from corpus.tokenizers import META_FILE, Tokenizer
 from models.build import build
 from models.hf import save_pretrained
 from models.layers import LanguageModel
 from models.spec import Family, ModelSpec
+from stages.evaluation.measure import Kept
 from stages.evaluation.score import TOKENS_AT_ONCE, Request, Score, batches, grow, score
 from stages.evaluation.text import open_text
 from tasks import arc, mmlu
@@ -375,3 +380,34 @@ def test_choices_are_those_of_transformers_under_lm_evals_prompt(tmp_path: Path,
         ]
         assert ours == pytest.approx(likelihoods, abs=1e-3)
         assert ours.index(max(ours)) == likelihoods.index(max(likelihoods))
+
+
+def test_a_directory_runs_no_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the terminal answers: a tokenizer that names a class of the directory is refused, or read without it."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil:\n    pass\n")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 300}')
+    named = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 8))
+    with contextlib.suppress(FileNotFoundError):
+        open_text(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_bundle_reads_only_files(tmp_path: Path) -> None:
+    """A pipe would be waited for."""
+    os.mkfifo(tmp_path / "core.yaml")
+    with pytest.raises(FileNotFoundError, match=r"has no core\.yaml"):
+        Bundle(str(tmp_path))
+
+
+def test_kept_answers_of_another_shape_are_asked_again(tmp_path: Path) -> None:
+    task = Bundle(str(make_bundle(tmp_path / "bundle"))).tasks[0]
+    kept = Kept(Storage(tmp_path / "kept"), "model", "fp32", "torch", None)
+    figures, examples = {"accuracy": 0.5}, [{"task": "choose", "index": 0, "correct": True, "scores": [0.0]}]
+    kept.write(task, figures, examples)
+    assert kept.read(task) == (figures, examples)
+    [file] = (tmp_path / "kept").glob("*.json")
+    for damage in ("[]", "{", '{"figures": 3}', '{"figures": {}, "examples": {}}'):
+        file.write_text(damage)
+        assert kept.read(task) is None

@@ -161,7 +161,9 @@ def test_the_greedy_share_stands_apart_from_those_of_samples() -> None:
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["[/x]", "../e"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.just("[/x]"), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -173,16 +175,23 @@ def test_whatever_lies_in_storage_status_shows_it_or_says_what_is_wrong(data: st
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         store, config = RunStore(f"{folder}/[b]", "r"), load_config("demo", {"name": "r"})
         store.record(config)
-        done = Manifest("r", "tokenizer", [], identity_of("tokenizer", config), metrics={"vocab_size": 1}, seconds=1.0)
+        counts = {"read": {"corpus": {"read": 2, "kept": 1, "left_out": {"empty": 1}}}, "skipped": {"a": {"other": 1}}}
+        stats = {"notes": ["n"], **counts}
+        figures = {"vocab_size": 1}
+        done = Manifest("r", "tokenizer", [], identity_of("tokenizer", config), {}, {}, figures, stats, 1.0)
         manifests.write(store.stage("tokenizer"), done)
         store.stage("tokenizer").write_json("progress.json", {"state": "running", "step": 1, "metrics": {"loss": 1.0}})
         file = Path(store.stage("tokenizer").uri) / path
         raw = json.loads(file.read_text()) if file.exists() else {"host": "h", "pid": 1, "token": "t", "beat": 1}
-        kind = data.draw(st.sampled_from(["value", "field", "cut", "deep"]))
+        kind = data.draw(st.sampled_from(["value", "field", "within", "cut", "deep"]))
         if kind == "value":
             raw = data.draw(VALUES)
         elif kind == "field":
             raw[data.draw(st.sampled_from(sorted(raw)))] = data.draw(VALUES)
+        elif kind == "within" and (nested := sorted(name for name in raw if isinstance(raw[name], dict))):
+            inner = raw[data.draw(st.sampled_from(nested))]
+            name = data.draw(st.sampled_from([*sorted(inner), "[/x]"]))
+            inner[name] = data.draw(VALUES | st.floats())
         text = json.dumps({k: v for k, v in raw.items() if k != "sha256"} if isinstance(raw, dict) else raw)
         text = text[: data.draw(st.integers(0, len(text)))] if kind == "cut" else text
         file.resolve().write_text("[" * 100_000 if kind == "deep" else text)

@@ -37,7 +37,9 @@ class _Theirs:
         from transformers import AutoTokenizer  # seconds, which a model made here does not need
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
             why = "" if self.encode("a") else "it makes nothing of a text"  # as where transformers found no vocabulary
         except (OSError, ValueError, KeyError) as error:
             why = (str(error) or type(error).__name__).splitlines()[0]
