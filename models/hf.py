@@ -10,9 +10,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,17 +91,33 @@ def hf_config(spec: ModelSpec, bos: int, eos: int, pad: int) -> dict[str, Any]:
 
 def read_spec(directory: Path) -> ModelSpec:
     """The shape of the model saved in `directory`; ValueError when no family here computes what its config says."""
+    path = Path(directory) / "config.json"
+    try:
+        return _spec(path)
+    except (OSError, UnsupportedError):
+        raise
+    except Exception as error:  # transformers and its checks raise of every kind for values of the wrong type
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} is no config of a model ({said}); get the model's directory again") from error
+
+
+class UnsupportedError(ValueError):
+    """A config that says what no family here computes."""
+
+
+def _spec(path: Path) -> ModelSpec:
     # transformers knows what a key that is not written means; its import takes seconds, which most callers never need
     from transformers import AutoConfig
 
-    path = Path(directory) / "config.json"
-    written = json.loads(path.read_text())
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(written, dict):
+        raise TypeError("it is not a JSON object")
 
     def refuse(key: str, value: object, supported: object) -> ValueError:
-        return ValueError(f"{path}: {key} is {value!r}, and only {supported} is supported")
+        return UnsupportedError(f"{path}: {key} is {value!r}, and only {supported} is supported")
 
     model_type = written.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise refuse("model_type", model_type, ", ".join(FAMILIES))
     if "quantization_config" in written:
         raise refuse("quantization_config", written["quantization_config"], "a model without one")
@@ -294,12 +312,26 @@ def _stored(directory: Path, model: LanguageModel) -> Iterable[tuple[str, Tensor
 
 def _read(directory: Path) -> dict[str, Tensor]:
     """What the export in `directory` holds. The files are mapped: a weight is read from disk when it is used, once for
-    all processes of a machine."""
+    all processes of a machine. Raises FileNotFoundError, or ValueError for what is damaged."""
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            named = _Index.model_validate_json(index.read_bytes())
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]["msg"]
+            raise ValueError(f"{index.name} is no index of weights ({fault}); get it again") from error
+        files = sorted(set(named.weight_map.values()))
     state: dict[str, Tensor] = {}
     for file in files:
-        state |= load_file(directory / file)
+        try:
+            state |= load_file(directory / file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); get it again") from error
     return state
+
+
+class _Index(BaseModel):
+    """Of a model in shards: the file of every weight, in the same directory."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]]

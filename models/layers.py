@@ -174,9 +174,7 @@ class LanguageModel(nn.Module):
         x: Tensor = self.model.embed_tokens(ids)
         return x
 
-    def hidden(
-        self, ids: Tensor, positions: Tensor | None = None, attend: Sequence[Attend] | None = None
-    ) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor | None = None, attend: Sequence[Attend] | None = None) -> Tensor:
         """ids (B, T) → normalised residual (B, T, width); ValueError when T is over `spec.sequence_len`.
 
         Rows that are no plain text from its beginning have `positions` (B, T), and what replaces attention among

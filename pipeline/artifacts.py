@@ -29,10 +29,11 @@ from cluster import manifest as manifests
 from cluster.manifest import Manifest, informing
 from cluster.storage import DamagedError, FencedError, Storage, StorageError
 from pipeline.config import Config, identity_of
-from stages.context import PROGRESS, TRACEBACK, Progress, settled
+from stages.context import ANSWERS, PROGRESS, TRACEBACK, Progress, settled
 from stages.growing import NOTES
 
 CONFIG, CLAIM = "config.json", "claim.json"
+EVALUATIONS = "evaluations"  # below a storage, what `fathom evaluate` was answered
 SET_ASIDE = ".set-aside"  # artifacts that --force replaces, until their successors are there
 BEAT_SECONDS = 2.0
 CONFIRM_SECONDS = 0.5
@@ -81,6 +82,8 @@ class RunStore:
         """With the `token` of a claim, what is written here is written under that claim."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run):
             raise ValueError(f"run name {run!r} must start with a letter or digit and hold only those, '.', '_', '-'")
+        if run == EVALUATIONS:
+            raise ValueError(f"no run can be named {run!r}: fathom evaluate keeps answers in a folder of that name")
         self.run = run
         self.storage = Storage(storage_uri).at(run)
         if token is not None:
@@ -107,8 +110,8 @@ class RunStore:
         self.storage.move(name, f"{SET_ASIDE}/{name}")
 
     def settle(self) -> list[str]:
-        """Ends what `set_aside` began: where the successor is there, its predecessor goes; where not even a checkpoint
-        of one is, nor a shard, the predecessor comes back. Returns the stages that came back."""
+        """Ends what `set_aside` began: where the successor is there, its predecessor goes; where nothing of one is
+        that a next attempt goes on from, the predecessor comes back. Returns the stages that came back."""
         back = []
         for name in {path.split("/")[0] for path in self.storage.list(SET_ASIDE)}:
             stage = self.stage(name)
@@ -118,7 +121,7 @@ class RunStore:
                 log.warning("the artifact from before --force stays in %s: %s", SET_ASIDE, error)
                 continue
             if made is None:
-                if manifests.checkpoints(stage) or stage.list(NOTES):
+                if manifests.checkpoints(stage) or stage.list(NOTES) or stage.list(ANSWERS):
                     continue
                 trace = stage.read_bytes(TRACEBACK) if stage.exists(TRACEBACK) else None
                 self.storage.delete(name)

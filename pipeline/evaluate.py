@@ -12,7 +12,6 @@ import csv
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,14 +25,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cluster import manifest as manifests
+from cluster.manifest import Manifest
 from cluster.resources import resources
 from cluster.runtime import connect
-from cluster.scratch import cache_folder, scratch
-from cluster.storage import Storage
+from cluster.scratch import cache_folder, scratch, sweep
+from cluster.storage import Storage, StorageError, checksum
 from corpus.sources import read_unit, stamps, units
 from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, Tokenizer
 from models.hf import read_spec
-from pipeline.artifacts import RunStore
+from pipeline.artifacts import EVALUATIONS, RunStore
 from pipeline.config import add_storage_flag
 from pipeline.tokenizer import held_out
 from stages.config import EvaluateConfig, ModelConfig
@@ -47,7 +47,6 @@ from tasks.suite import CHATCORE, GROUPS, Suite, suite
 
 MODELS = ("rl", "sft", "mid", "base")  # the stages that make a model, the last one first
 MOST_ACTORS = 4  # on CPUs, as each has a copy of the model in the machine's one memory
-EVALUATIONS = "evaluations"  # below a storage, what was answered
 
 
 @dataclass(frozen=True)
@@ -138,19 +137,22 @@ def _of_checkpoint(what: str, store: RunStore, stage: str, step: str) -> Model:
 
 
 def _exported(place: Storage, digest: str, tokenizer_at: Storage, shape: ModelConfig, stage: str) -> Path:
-    """The checkpoint at `place` as a directory of this machine, made once."""
-    directory = cache_folder() / "checkpoints" / digest[:24]
-    if not directory.exists():
-        tokenizer = Tokenizer.load(manifests.fetch(tokenizer_at))
-        with scratch("evaluate") as made:
-            ends = DOCUMENT_ENDS if stage == "base" else ANSWER_ENDS
-            export_checkpoint(place, shape.spec(tokenizer.vocab_size), tokenizer, made, ends)
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            beside = directory.with_suffix(f".{os.getpid()}")
-            shutil.copytree(made, beside)
-            with contextlib.suppress(OSError):  # another process was as fast
-                beside.rename(directory)
-    return directory
+    """The checkpoint at `place`, whose content is `digest`, as a directory of this machine. That is an artifact of its
+    own in the cache, so what a crash or a disk left damaged is noticed, and made again."""
+    tokenized = manifests.read(tokenizer_at)
+    of_tokenizer = tokenized.digest() if tokenized is not None else ""
+    made_of = {"checkpoint": digest, "tokenizer": of_tokenizer, "model": shape.identity(), "stage": stage}
+    made = Storage(cache_folder() / "checkpoints" / checksum(made_of)[:24])
+    with contextlib.suppress(StorageError):  # not made yet, or damaged
+        directory = manifests.fetch(made)
+        os.utime(directory)  # in use
+        return directory
+    tokenizer = Tokenizer.load(manifests.fetch(tokenizer_at))
+    with scratch("evaluate") as exported:
+        ends = DOCUMENT_ENDS if stage == "base" else ANSWER_ENDS
+        export_checkpoint(place, shape.spec(tokenizer.vocab_size), tokenizer, exported, ends)
+        manifests.write(made, Manifest(EVALUATIONS, stage, made.upload_tree(exported)))
+    return manifests.fetch(made)
 
 
 def documents_of(
@@ -349,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in (args.json, args.examples, args.csv):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
+    sweep()
     connect(args.debug)
     reports = [measured(model, asked, args, console) for model, asked in zip(models, suites, strict=True)]
     if args.json is not None:

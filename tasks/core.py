@@ -12,15 +12,17 @@ import csv
 import hashlib
 import io
 import json
+import lzma
 import posixpath
 import random
+import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
 import yaml
@@ -28,8 +30,12 @@ import yaml
 from corpus.sources import filesystem_of
 from tasks.ranking import Answer, Kind, Question, Text, accuracy, question
 
+Parsed = TypeVar("Parsed")
+
 LABELS = 22
 ORDER, EXAMPLES = 1337, 1234  # seeds: of a task's order, and of the examples before question 0
+# what zipfile raises for archives that are damaged, encrypted, or packed in a way that it does not know
+ZIP_FAULTS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, ValueError)
 _FIELDS: dict[str, dict[str, type]] = {
     "multiple_choice": {"query": str, "choices": list, "gold": int},
     "schema": {"context_options": list, "continuation": str, "gold": int},
@@ -93,28 +99,39 @@ class Bundle:
             raise FileNotFoundError(f"{source} has none of the data that core.yaml lists; get the bundle again")
 
     def _config(self) -> list[dict[str, Any]]:
+        return self._files.read("core.yaml", self._entries)[1]
+
+    def _entries(self, data: bytes) -> list[dict[str, Any]]:
         try:
-            entries = yaml.safe_load(self._files.read("core.yaml"))["icl_tasks"]
+            entries = yaml.safe_load(data)["icl_tasks"]
             for entry in entries:
                 kind, shots = entry["icl_task_type"], entry["num_fewshot"][0]
                 known = kind in _FIELDS and isinstance(shots, int) and shots >= 0
                 if not (known and isinstance(entry["label"], str) and isinstance(entry["dataset_uri"], str)):
                     raise ValueError(f"task {entry.get('label')!r} is of kind {kind!r} with {shots!r} examples")
-        except (yaml.YAMLError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.source}: core.yaml is not a list of tasks under `icl_tasks` ({error})") from error
         except ValueError as error:
             raise ValueError(f"{self.source}: core.yaml: {error}; the kinds are {', '.join(_FIELDS)}") from error
         return list(entries)
 
     def _baselines(self) -> dict[str, float]:
-        data = self._files.read("eval_meta_data.csv")
+        return self._files.read("eval_meta_data.csv", self._percentages)[1]
+
+    def _percentages(self, data: bytes) -> dict[str, float]:
         try:
             rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig")))
-            return {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
-        except (KeyError, TypeError, ValueError) as error:
+            found = {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
             raise ValueError(
                 f"{self.source}: eval_meta_data.csv needs the columns `Eval Task` and `Random baseline` ({error!r})"
             ) from error
+        if wrong := [label for label, baseline in found.items() if not 0 <= baseline < 100]:
+            raise ValueError(
+                f"{self.source}: eval_meta_data.csv: the random baseline of {wrong[0]} is {found[wrong[0]]}, and must "
+                "be a percentage below 100"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -131,8 +148,7 @@ class CoreTask:
 
     @property
     def stamp(self) -> str:
-        how = repr((self.kind, self.delimiter, self.baseline)).encode()
-        return hashlib.sha256(how + self.files.read(self.path)).hexdigest()
+        return hashlib.sha256(repr((self.kind, self.delimiter, self.baseline, self._content[0])).encode()).hexdigest()
 
     def questions(self, text: Text, limit: int | None) -> Iterator[Question]:
         """The first `limit` examples as questions, in the order of this module's head."""
@@ -168,17 +184,21 @@ class CoreTask:
         return [context.strip(), context + example["continuation"]]
 
     def _examples(self) -> list[dict[str, Any]]:
-        rows = self._rows
+        rows = self._content[1]
         order = list(range(len(rows)))
         random.Random(ORDER).shuffle(order)
         return [rows[i] for i in order]
 
     @cached_property
-    def _rows(self) -> list[dict[str, Any]]:
+    def _content(self) -> tuple[str, list[dict[str, Any]]]:
+        """SHA-256 of the file of questions, and these; read once, so that the answers are known by what was asked."""
+        return self.files.read(self.path, self._rows)
+
+    def _rows(self, data: bytes) -> list[dict[str, Any]]:
         try:
-            lines = self.files.read(self.path).decode().split("\n")  # a line of JSON may hold other line breaks
+            lines = data.decode().split("\n")  # a line of JSON may hold other line breaks
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path} is not UTF-8: {error}; get the bundle again") from error
+            raise ValueError(f"{self.path} is not UTF-8: {error}; get that file again") from error
         return [self._checked(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
     def _checked(self, number: int, line: str) -> dict[str, Any]:
@@ -186,10 +206,10 @@ class CoreTask:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}; get the bundle again") from error
+            raise ValueError(f"{where} is not JSON: {error}; get that file again") from error
         wanted = _FIELDS[self.kind]
         if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in wanted.items()):
-            raise ValueError(f"{where}: a question of kind {self.kind} has {', '.join(wanted)}; get the bundle again")
+            raise ValueError(f"{where}: a question of kind {self.kind} has {', '.join(wanted)}; get that file again")
         options: list[Any] = row.get("choices") or row.get("context_options") or []
         if "gold" in wanted and not 0 <= row["gold"] < len(options):
             raise ValueError(f"{where}: the right answer is number {row['gold']} of {len(options)}")
@@ -206,7 +226,7 @@ class _Files:
         if source.partition("?")[0].lower().endswith(".zip"):
             try:
                 self._zip = zipfile.ZipFile(self._filesystem.open_input_file(self._root))
-            except zipfile.BadZipFile as error:
+            except ZIP_FAULTS as error:
                 raise ValueError(f"{source} is no zip file ({error}); get it again") from error
             paths = [name for name in self._zip.namelist() if not name.endswith("/")]
         else:
@@ -222,13 +242,27 @@ class _Files:
         self._head = heads[0].removesuffix("core.yaml")
         self.names = {path.removeprefix(self._head) for path in paths if path.startswith(self._head)}
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, parse: Callable[[bytes], Parsed]) -> tuple[str, Parsed]:
+        """SHA-256 of a file, and what `parse` makes of it. Raises FileNotFoundError, or `parse`'s ValueError where two
+        readings agree, as a single one may be at fault where the file is whole."""
         if name not in self.names:
             raise FileNotFoundError(f"{self._source} has no {name}; get the bundle again")
+        before = None
+        while True:
+            data = self._bytes(name)
+            digest = hashlib.sha256(data).hexdigest()
+            try:
+                return digest, parse(data)
+            except ValueError:
+                if digest == before:
+                    raise
+                before = digest
+
+    def _bytes(self, name: str) -> bytes:
         if self._zip is not None:
             try:
                 return self._zip.read(self._head + name)
-            except (zipfile.BadZipFile, zlib.error) as error:
-                raise ValueError(f"{self._source}: {name} is damaged ({error}); get the bundle again") from error
+            except ZIP_FAULTS as error:
+                raise ValueError(f"{self._source}: {name} cannot be read ({error}); get the zip file again") from error
         with self._filesystem.open_input_stream(posixpath.join(self._root, self._head + name)) as stream:
             return bytes(stream.readall())

@@ -79,17 +79,14 @@ class RankedTask(Protocol):
         """What is reported of the task, by name."""
 
 
+SCORES = ("accuracy", "low", "high", "baseline", "centered")  # what `accuracy` gives
+
+
 def accuracy(correct: Sequence[bool], baseline: float) -> dict[str, float]:
     """The share that is right with its 95% interval, and on the scale on which guessing is 0 and knowing is 1."""
     share = sum(correct) / len(correct)
     low, high = interval(share, len(correct))
-    return {
-        "accuracy": share,
-        "low": low,
-        "high": high,
-        "baseline": baseline,
-        "centered": (share - baseline) / (1 - baseline),
-    }
+    return dict(zip(SCORES, (share, low, high, baseline, (share - baseline) / (1 - baseline)), strict=True))
 
 
 def question(kind: Kind, prompts: Sequence[str], gold: int | None, text: Text) -> Question:

@@ -135,6 +135,8 @@ def test_names_that_are_no_folder_are_refused(tmp_path: Path) -> None:
     for name in ("", "../x", "a/b", ".hidden"):
         with pytest.raises(ValueError, match="run name"):
             RunStore(str(tmp_path), name)
+    with pytest.raises(ValueError, match="no run can be named 'evaluations'"):
+        RunStore(str(tmp_path), "evaluations")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"token": 5}', b"{"])
@@ -202,12 +204,13 @@ def test_a_claim_sweeps_what_a_killed_process_was_writing(store: RunStore) -> No
         assert not any(path.exists() for path in left)
 
 
-def test_a_forced_ingest_that_made_shards_keeps_them(store: RunStore) -> None:
-    finish(store, "ingest", {}, {})
+@pytest.mark.parametrize(("stage", "made"), [("ingest", "shards/000000.json"), ("evaluate_base", "answers/core.json")])
+def test_a_forced_stage_keeps_what_it_has_made_so_far(store: RunStore, stage: str, made: str) -> None:
+    finish(store, stage, {}, {})
     with store.claim():
-        store.set_aside("ingest")
-        store.stage("ingest").write_json("shards/000000.json", {"files": []})
-        assert store.settle() == [] and store.stage("ingest").exists("shards/000000.json")
+        store.set_aside(stage)
+        store.stage(stage).write_json(made, {"files": []})
+        assert store.settle() == [] and store.stage(stage).exists(made)
 
 
 def test_force_replaces_what_is_damaged_as_well(store: RunStore) -> None:

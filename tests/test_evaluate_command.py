@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Result, Run, fathom, one_clear_message, start
+from runs import Result, Run, fathom, kill_at_checkpoint, one_clear_message, start
 from test_scoring import make_bundle
 
 from tasks.core import core
@@ -68,6 +68,27 @@ def test_what_is_killed_goes_on_and_asks_no_task_again(line: Run, tmp_path: Path
     assert 0 < len(kept) < 3, "it was over before it could be killed"
     assert shown("broken") == shown("unbroken")
     assert {name: answers("broken")[name] for name in kept} == kept
+
+
+def test_a_checkpoint_is_measured_and_what_is_kept_of_it_may_be_damaged(line: Run, tmp_path: Path) -> None:
+    """As its stage's model is once it is done; the exported files in the cache are checked like all others."""
+    run = line.branch(tmp_path, "tokenizer", "ingest")
+    step = kill_at_checkpoint(run, "base", "--from", "base", "--until", "base")
+    asked = (f"branch:base@{step}", "--tasks", "perplexity", "--limit", "8", "--json", str(tmp_path / "all.json"))
+
+    def figures() -> dict[str, float]:
+        result = start("evaluate", *asked, "--storage", str(run.storage), HOME=str(tmp_path)).finish(300)
+        assert result.code == 0, result.output
+        found = json.loads((tmp_path / "all.json").read_text())["tasks"]["perplexity"]
+        return {name: found[name] for name in ("bpb", "word_perplexity")}
+
+    first = figures()
+    [weights] = (tmp_path / ".cache/fathom/checkpoints").glob("*/model.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"\x00")
+    shutil.rmtree(run.storage / "evaluations")
+    assert figures() == first
+    assert weights.read_bytes() == whole
 
 
 def unusable(line: Run, tmp_path: Path, kind: str) -> tuple[list[object], str]:

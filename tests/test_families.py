@@ -17,6 +17,7 @@ from test_models import SPECS, each_spec, random_ids, random_model
 from models.build import build
 from models.hf import from_pretrained, hf_state_dict, load_hf_state, read_spec, save_pretrained
 from models.spec import ModelSpec
+from pipeline.faults import is_users
 
 SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 SMALL |= {"vocab_size": 517, "max_position_embeddings": 64}
@@ -188,6 +189,56 @@ def test_a_rope_base_where_older_versions_wrote_it_is_read(tmp_path: Path) -> No
     del config["rope_parameters"]
     path.write_text(json.dumps(config))
     assert read_spec(tmp_path) == replace(SPECS["llama"], rope_base=500_000.0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", '"x"', "{", "[" * 100_000, '{"model_type": []}', '{"model_type": "gpt2", "n_embd": null}']
+    + [
+        json.dumps({"model_type": "llama"} | wrong)
+        for wrong in (
+            {"hidden_size": "a"},
+            {"num_attention_heads": 0},
+            {"rope_parameters": []},
+            {"vocab_size": -1},
+        )
+    ],
+)
+def test_a_config_of_another_shape_is_one_message(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError) as raised:
+        read_spec(tmp_path)
+    assert is_users(raised.value) and f"{tmp_path / 'config.json'}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"\xff" * 100),
+        ("model.safetensors", b""),
+        *[
+            ("model.safetensors.index.json", content.encode())
+            for content in (
+                "[]",
+                "null",
+                '{"weight_map": []}',
+                '{"weight_map": {"a": 1}}',
+                '{"weight_map": {"a": "../model.safetensors"}}',
+                '{"weight_map": {"a": "/etc/hostname"}}',
+            )
+        ],
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_damaged_weights_are_one_message(tmp_path: Path, file: str, content: bytes, device: str) -> None:
+    model = tmp_path / "model"
+    save_pretrained(random_model(SPECS["llama"]), model, bos=0, eos=[1], pad=1)
+    (tmp_path / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    (model / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(model))}: {file} is ") as raised:
+        found = from_pretrained(model, device=device)
+        found.source(found)
+    assert is_users(raised.value)
 
 
 def test_weights_that_are_not_the_models_are_refused() -> None:

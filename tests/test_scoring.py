@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
 import os
 import random
+import subprocess
+import sys
+import tempfile
 import zipfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +29,7 @@ from models.build import build
 from models.hf import save_pretrained
 from models.layers import LanguageModel
 from models.spec import Family, ModelSpec
+from pipeline.faults import is_users
 from stages.evaluation.measure import Kept
 from stages.evaluation.score import TOKENS_AT_ONCE, Request, Score, batches, grow, score
 from stages.evaluation.text import open_text
@@ -32,7 +37,7 @@ from tasks import arc, mmlu
 from tasks.core import EXAMPLES, ORDER, Bundle, centered, core
 from tasks.estimates import interval_of_core, same_share
 from tasks.perplexity import Perplexity
-from tasks.ranking import Question, answer, question, within
+from tasks.ranking import Question, accuracy, answer, question, within
 from tasks.suite import at_hand, suite
 
 FAMILIES: tuple[Family, ...] = ("depth", "gpt2", "llama", "qwen3")
@@ -236,6 +241,15 @@ def damaged(bundle: Path, kind: str) -> str:
     if kind == "csv":
         (bundle / "eval_meta_data.csv").unlink()
         return "no eval_meta_data.csv"
+    if kind == "hundred":
+        (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nchoose,100\nrefer,50\nfinish,nan\n")
+        return "baseline of choose is 100.0, and must be a percentage below 100"
+    if kind == "long field":
+        (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n" + "a" * 200_000 + ",0\n")
+        return "needs the columns"
+    if kind == "deep":
+        (bundle / "core.yaml").write_text("[" * 20_000)
+        return "core.yaml is not a list of tasks"
     if kind == "yaml":
         (bundle / "core.yaml").write_text("tasks: [")
         return "core.yaml is not a list of tasks"
@@ -243,13 +257,77 @@ def damaged(bundle: Path, kind: str) -> str:
     return "is no CORE bundle: it has no core.yaml"
 
 
-@pytest.mark.parametrize("kind", ["line", "field", "gold", "baseline", "csv", "yaml", "core"])
+DAMAGES = ["line", "field", "gold", "baseline", "csv", "hundred", "long field", "deep", "yaml", "core"]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_bundle_is_named_with_the_place(tmp_path: Path, kind: str) -> None:
     bundle = make_bundle(tmp_path)
     said = damaged(bundle, kind)
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         for task in Bundle(str(bundle)).tasks:
             list(task.questions(Bytes(), None))
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=int(os.environ.get("FATHOM_FUZZ", 200)), deadline=None)
+def test_a_damaged_zip_is_whole_or_one_message(zipped: bytes, flips: list[tuple[int, int]]) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".zip") as file:
+        data = bytearray(zipped)
+        for place, byte in flips:
+            data[place % len(data)] = byte
+        file.write(data)
+        file.flush()
+        try:
+            for task in Bundle(file.name).tasks:
+                list(task.questions(Bytes(), 2))
+        except Exception as error:
+            if not is_users(error):
+                raise
+
+
+@pytest.fixture(scope="module")
+def zipped(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = make_bundle(tmp_path_factory.mktemp("bundle"))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in folder.rglob("*.*"):
+            file.write(path, path.relative_to(folder))
+    return packed.getvalue()
+
+
+class FirstReadingWrong:
+    """The local file system, as a network would show it that flips a byte once a file."""
+
+    def __init__(self) -> None:
+        self.local, self.read = pafs.LocalFileSystem(), set[str]()
+
+    def get_file_info(self, what: Any) -> Any:
+        return self.local.get_file_info(what)
+
+    def open_input_stream(self, path: str) -> Any:
+        data = Path(path).read_bytes()
+        if path not in self.read:
+            self.read.add(path)
+            data = data[: len(data) // 2] + b"\xff" + data[len(data) // 2 + 1 :]
+        return pa.BufferReader(data)
+
+
+def test_one_bad_reading_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is whole, and nobody is told to get it again."""
+    bundle = str(make_bundle(tmp_path))
+    expected = [(task.stamp, list(task.questions(Bytes(), 3))) for task in Bundle(bundle).tasks]
+    flaky = FirstReadingWrong()
+    monkeypatch.setattr("tasks.core.filesystem_of", lambda place: (flaky, place))
+    assert [(task.stamp, list(task.questions(Bytes(), 3))) for task in Bundle(bundle).tasks] == expected
+
+
+def test_what_is_asked_is_what_the_answers_are_known_by(tmp_path: Path) -> None:
+    task = Bundle(str(make_bundle(tmp_path))).tasks[0]
+    stamp = task.stamp
+    (tmp_path / "eval_data/a/choose.jsonl").write_text('{"query": "other?", "choices": ["a", "b"], "gold": 0}\n' * 4)
+    assert len(list(task.questions(Bytes(), None))) == 12
+    assert Bundle(str(tmp_path)).tasks[0].stamp != stamp
 
 
 def test_a_bundle_is_read_from_a_folder_or_a_zip_and_says_what_it_lacks(tmp_path: Path) -> None:
@@ -382,16 +460,60 @@ def test_choices_are_those_of_transformers_under_lm_evals_prompt(tmp_path: Path,
         assert ours.index(max(ours)) == likelihoods.index(max(likelihoods))
 
 
-def test_a_directory_runs_no_code_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the terminal answers: a tokenizer that names a class of the directory is refused, or read without it."""
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil:\n    pass\n")
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 300}')
-    named = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 8))
-    with contextlib.suppress(FileNotFoundError):
-        open_text(tmp_path)
+CODE = """
+import os, sys
+from pathlib import Path
+from stages.evaluation.text import open_text
+answers, out = os.pipe()
+os.write(out, b"y\\n" * 8)
+os.dup2(answers, 0)
+try:
+    open_text(Path(sys.argv[1]))
+except FileNotFoundError as error:
+    print(error)
+"""
+
+
+def test_a_directory_runs_no_code_of_its_own(tmp_path: Path) -> None:
+    """Whatever the terminal answers: a tokenizer that names a class of the directory is refused."""
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedTokenizer as Tok\n"
+    (tmp_path / "evil.py").write_text(code)
+    named = {"AutoTokenizer": ["evil.Tok", None], "AutoConfig": "evil.Config"}
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "auto_map": named} | shape))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Tok", "auto_map": named}))
+    command = [sys.executable, "-c", CODE, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "has no tokenizer that transformers can read" in result.stdout, result.stderr
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b"\xff\x00"),
+        ("tokenizer.json", b'{"version": "1.0", "model": {}}'),
+    ],
+)
+def test_a_tokenizer_of_another_shape_is_one_message(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 300}')
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileNotFoundError, match="has no tokenizer that transformers can read"):
+        open_text(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["{{ 1/0 }}", "{{ raise_exception('no') }}", "{{ messages.x.y }}", "{% if"])
+def test_a_chat_template_that_fails_is_one_message(tmp_path: Path, template: str) -> None:
+    Tokenizer.train(["one two three " * 20], 300).save(tmp_path)
+    (tmp_path / META_FILE).unlink()
+    for file in tmp_path.glob("*.jinja"):
+        file.unlink()
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+    with pytest.raises(ValueError, match="the chat template of the model's tokenizer fails"):
+        open_text(tmp_path).prompt([{"role": "user", "content": "one"}])
 
 
 def test_a_bundle_reads_only_files(tmp_path: Path) -> None:
@@ -404,10 +526,20 @@ def test_a_bundle_reads_only_files(tmp_path: Path) -> None:
 def test_kept_answers_of_another_shape_are_asked_again(tmp_path: Path) -> None:
     task = Bundle(str(make_bundle(tmp_path / "bundle"))).tasks[0]
     kept = Kept(Storage(tmp_path / "kept"), "model", "fp32", "torch", None)
-    figures, examples = {"accuracy": 0.5}, [{"task": "choose", "index": 0, "correct": True, "scores": [0.0]}]
+    figures = accuracy([True], 0.5) | {"examples": 1, "few_shot": 0, "seconds": 0.1}
+    examples = [{"task": "choose", "index": 0, "correct": True, "scores": [0.0]}]
     kept.write(task, figures, examples)
     assert kept.read(task) == (figures, examples)
     [file] = (tmp_path / "kept").glob("*.json")
+    whole = json.loads(file.read_text())
     for damage in ("[]", "{", '{"figures": 3}', '{"figures": {}, "examples": {}}'):
         file.write_text(damage)
+        assert kept.read(task) is None
+    for wrong in (
+        {"figures": figures | {"accuracy": "[/x]"}},
+        {"figures": {name: value for name, value in figures.items() if name != "low"}},
+        {"figures": figures | {"examples": 2}},
+        {"examples": [examples[0] | {"correct": 3}]},
+    ):
+        file.write_text(json.dumps({"figures": whole["figures"], "examples": whole["examples"]} | wrong))
         assert kept.read(task) is None

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -33,18 +34,27 @@ print(json.dumps(ray.get([told.remote(), told.options(runtime_env={"env_vars": {
 """
 
 
+@dataclass
+class Seen:
+    """`lines` are the command lines that showed a secret in one of `samples` looks at all processes of the machine."""
+
+    samples: int = 0
+    lines: list[str] = field(default_factory=list)
+
+
 @contextmanager
-def watching() -> Iterator[list[str]]:
-    """The command lines in which one of the secrets is seen meanwhile, of any process of this machine."""
-    seen: list[str] = []
+def watching() -> Iterator[Seen]:
+    """What command lines show meanwhile, looked at every 20 ms."""
+    seen = Seen()
     ended = threading.Event()
 
     def look() -> None:
         while not ended.wait(0.02):
+            seen.samples += 1
             for pid in psutil.pids():
                 with contextlib.suppress(psutil.Error):
                     line = " ".join(psutil.Process(pid).cmdline())
-                    seen.extend(line for value in SECRETS.values() if value in line)
+                    seen.lines.extend(line for value in SECRETS.values() if value in line)
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -78,7 +88,7 @@ def test_a_run_shows_and_keeps_no_secret(tmp_path: Path) -> None:
         result = command.finish(240)
     assert not ended and result.code == 0, result.output
     assert list(place.rglob("runtime_env_agent.log")), "Ray's logs are elsewhere"
-    assert not seen
+    assert not seen.lines
     assert not half_way + holding(tmp_path, place)
     assert not any(value in result.output for value in SECRETS.values())
 
@@ -91,7 +101,7 @@ def test_the_workers_of_a_joined_cluster_have_the_secrets_and_nobody_else() -> N
             result = Command(sys.executable, "-c", TELL % list(SECRETS), RAY_ADDRESS=address, **SECRETS).finish(120)
         assert result.code == 0, result.output
         assert json.loads(result.stdout.splitlines()[-1]) == [SECRETS, SECRETS]
-        assert not seen
+        assert not seen.lines
         assert list(place.rglob("runtime_env_agent.log")), "Ray's logs are elsewhere"
         assert not holding(place)
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from cluster.manifest import informing
 from cluster.resources import Devices
@@ -33,7 +33,7 @@ from stages.rl.rollout import RolloutPool, reserved
 from tasks.base import NumberProblems
 from tasks.estimates import interval_of_core
 from tasks.generated import GeneratedTask
-from tasks.ranking import accuracy
+from tasks.ranking import SCORES, accuracy
 from tasks.sandbox import SandboxUnavailable
 from tasks.suite import CHATCORE, Task
 
@@ -67,13 +67,33 @@ def summary(figures: dict[str, Figures], incomplete: dict[str, str], faults: dic
     return found | {"core_incomplete": incomplete, "bpb": bpb, "faults": faults}
 
 
+class KeptExample(BaseModel):
+    """What is kept of a question; `scores` has a number an option, or the reward of an answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    task: str
+    index: int
+    correct: bool
+    scores: list[float]
+
+
 class KeptTask(BaseModel):
     """What is kept of a task; a file that is no such thing is as none, and the task is asked again."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    figures: Figures
-    examples: Examples
+    figures: dict[str, int | float]
+    examples: list[KeptExample]
+
+    @model_validator(mode="after")
+    def _whole(self) -> KeptTask:
+        scores = SCORES if "accuracy" in self.figures else ("bpb", "word_perplexity")
+        if missing := {*scores, "few_shot", "seconds"} - self.figures.keys():
+            raise ValueError(f"the figures lack {', '.join(sorted(missing))}")
+        if not self.examples or self.figures.get("examples") != len(self.examples):
+            raise ValueError("the examples are not as many as the figures say")
+        return self
 
 
 class Kept:
@@ -90,7 +110,7 @@ class Kept:
 
     def read(self, task: Task) -> tuple[Figures, Examples] | None:
         kept = informing(self._storage, self._path(task), KeptTask)
-        return None if kept is None else (kept.figures, kept.examples)
+        return None if kept is None else (kept.figures, [example.model_dump() for example in kept.examples])
 
     def write(self, task: Task, figures: Figures, examples: Examples) -> None:
         self._storage.write_json(self._path(task), {"figures": figures, "examples": examples})

@@ -19,7 +19,7 @@ from models.generate import Turns, generate
 from models.hf import from_pretrained, read_spec
 from stages import report
 from stages.config import EvaluateConfig
-from stages.context import StageContext
+from stages.context import ANSWERS, StageContext
 from stages.evaluate import measure_task, measure_text, opened, sampling
 from stages.evaluation.measure import FAULTS, TOOLS, Examples, Figures, Kept, measure, summary
 from stages.evaluation.pool import resolved
@@ -29,7 +29,6 @@ from tasks.environments import EnvironmentFile
 from tasks.generated import GeneratedTask
 from tasks.suite import CHATCORE, Task, chosen, suite
 
-ANSWERS = "answers"  # of the tasks asked so far, in the stage's storage until it is done
 # what a base model is to go on from, the same for every run
 PROMPTS = (
     "",
