@@ -48,18 +48,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class Turns:
-    """When the model's turn is over: at `end`, which ends the completion, and at `call[1]`, which ends a call.
+    """When the model's turn is over: at one of `ends`, which end the completion, and at `call[1]`, which ends a call.
 
     `answer` maps the ids within a call to those put in after it; `call` is None where there are no tools.
     """
 
-    end: int
+    ends: tuple[int, ...]
     call: tuple[int, int] | None
     answer: Callable[[list[int]], list[int]]
 
     @property
     def stops(self) -> list[int]:
-        return [self.end] if self.call is None else [self.end, self.call[1]]
+        return [*self.ends] if self.call is None else [*self.ends, self.call[1]]
 
     def reply(self, tokens: list[int]) -> list[int] | None:
         """What is put in after these tokens of a completion before it goes on; None when they do not end in a call."""
@@ -134,7 +134,7 @@ def complete(
             i, j = divmod(key, samples)
             completion = done[i][j]
             completion.extend(tokens, logprobs)
-            completion.finished = tokens[-1] == turns.end
+            completion.finished = tokens[-1] in turns.ends
             pending -= 1
             reply = turns.reply(completion.tokens)
             if reply is not None:

@@ -239,9 +239,10 @@ def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Cons
 
 
 def _cell(figures: Figures) -> str:
+    between = f" ({figures['low']:.3f}-{figures['high']:.3f})" if "low" in figures else ""
     if "accuracy" in figures:
-        return f"{figures['accuracy']:.4f} ({figures['low']:.3f}-{figures['high']:.3f})"
-    return f"{figures['bpb']:.4f} bits a byte"
+        return f"{figures['accuracy']:.4f}{between}"
+    return f"{figures['bpb']:.4f}{between} bits a byte"
 
 
 def table(reports: Sequence[Report], limit: int | None) -> Table:

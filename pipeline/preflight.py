@@ -38,13 +38,12 @@ def check_inputs(config: Config, stages: Collection[str]) -> None:
             Bundle(config.evaluate.data)
         except (ValueError, OSError) as error:
             raise ConfigError(f"base.core_every asks CORE: {error}") from error
-    for stage in stages:
-        if stage.startswith("evaluate_"):
-            tasks, data = config.evaluate.tasks, config.evaluate.data
-            try:
-                suite(chosen(tasks, data, chat=stage != "evaluate_base"), data)
-            except (ValueError, OSError) as error:
-                raise ConfigError(f"--evals {tasks}: {error}") from error
+    if any(stage.startswith("evaluate_") for stage in stages):
+        tasks, data = config.evaluate.tasks, config.evaluate.data
+        try:  # of both kinds, as a misspelt name is of neither
+            suite([name for chat in (False, True) for name in chosen(tasks, data, chat)], data)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"--evals {tasks}: {error}") from error
 
 
 def check_size(config: Config) -> None:

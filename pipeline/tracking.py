@@ -40,11 +40,11 @@ class Row:
     left_out: list[str] = field(default_factory=list)  # of a stage that is done
 
     def cells(self) -> list[str]:
-        """Step, loss or reward, tokens a second, time left; empty where not known or not running."""
+        """Step; loss, reward or questions answered; tokens a second; time left. Empty where unknown or not running."""
         if self.state != "running" or self.progress is None:
             return ["", "", "", ""]
         step, steps, metrics = self.progress.step or 0, self.progress.steps, self.progress.metrics
-        shown = next((f"{name} {metrics[name]:.4g}" for name in ("reward", "loss") if name in metrics), "")
+        shown = next((f"{name} {metrics[name]:.4g}" for name in ("reward", "loss", "questions") if name in metrics), "")
         speed = f"{metrics['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in metrics else ""
         seconds = self.progress.seconds_left
         left = f"{duration(seconds)} left" if seconds is not None else ""

@@ -405,6 +405,9 @@ class EvaluateConfig(Section):
         "auto", description="what samples; auto: vllm where it is installed"
     )
     call_timeout: float = environment(3600.0, "seconds that sampling all problems may take", gt=0)
+    unsafe_sandbox: bool = environment(
+        False, "run what models write for HumanEval with all that you may do yourself, where no sandbox can be made"
+    )
 
     def actors(self, gpus: int, cpus: int) -> int:
         """How many sample at once: one a GPU, or one for two cores, as the stage after trains on the others, and four

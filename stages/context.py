@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,15 @@ class StageContext:
 
     def note(self, text: str) -> None:
         """Tells the user something once: the terminal shows it, and `fathom status --json` has it."""
+        self._report(lambda last: {"notes": [*last.notes, text]})
+
+    def progress(self, step: int, steps: int, metrics: dict[str, float]) -> None:
+        """Shows how far the stage is, in whatever it counts."""
+        self._report(lambda _: {"step": step, "steps": steps, "metrics": metrics})
+
+    def _report(self, update: Callable[[Progress], dict[str, Any]]) -> None:
         last = manifest.informing(self.storage, PROGRESS, Progress) or Progress()
-        told = last.model_copy(update={"notes": [*last.notes, text]})
-        self.storage.write_json(PROGRESS, told.model_dump())
+        self.storage.write_json(PROGRESS, last.model_copy(update=update(last)).model_dump())
 
     def scratch(self, needed: int = 0) -> AbstractContextManager[Path]:
         """A temporary directory on this machine, for `needed` bytes; see `cluster.scratch`."""

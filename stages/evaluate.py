@@ -21,8 +21,9 @@ from models.hf import from_pretrained, read_spec
 from models.layers import LanguageModel
 from stages.config import EvaluateConfig
 from stages.context import StageContext
+from stages.evaluation.text import Tools
 from stages.growing import open_rows
-from stages.rl.rollout import Completions, RolloutPool, Tools, choose, reserved
+from stages.rl.rollout import Completions, RolloutPool, choose, reserved
 from stages.training.parallel import World, autocast
 from tasks.base import Environment, Problem
 from tasks.environments import EnvironmentFile, FileEnvironment
@@ -202,8 +203,8 @@ def measure(
         {
             "question": valid(problems[i].question),  # the tokenizer reads it so, too
             "answer": valid(problems[i].answer),
-            "greedy": [graded(environment, problems[i], c, tokenizer) for c in firsts],
-            "samples": [graded(environment, problems[i], c, tokenizer) for c in samples],
+            "greedy": [graded(environment, problems[i], c, tokenizer.decode) for c in firsts],
+            "samples": [graded(environment, problems[i], c, tokenizer.decode) for c in samples],
         }
         for i, firsts, samples in zip(mine, first, sampled, strict=True)
     ]
@@ -238,9 +239,11 @@ def estimates(record: dict[str, Any], ks: list[int], grades: list[str]) -> list[
     ]
 
 
-def graded(environment: Environment, problem: Problem, completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+def graded(
+    environment: Environment, problem: Problem, completion: Completion, decode: Callable[[Sequence[int]], str]
+) -> dict[str, Any]:
     """A completion as text, with its answer and its grades; one that was cut off has no answer and earns nothing."""
-    text = tokenizer.decode(completion.tokens)
+    text = decode(completion.tokens)
     grades = environment.grade(problem, text)
     return {
         "text": text,

@@ -55,6 +55,18 @@ def interval(mean: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def interval_of_ratio(parts: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """95% confidence interval of the sum of the first numbers over the sum of the second, by how its independent parts
+    differ (Cochran 1977, section 2.11, linearised); None for a single part, which says nothing of it."""
+    count, below = len(parts), sum(b for _, b in parts)
+    if count < 2 or not below:
+        return None
+    ratio = sum(a for a, _ in parts) / below
+    squares = sum((a - ratio * b) ** 2 for a, b in parts)
+    half = NORMAL_95 * math.sqrt(squares * count / (count - 1)) / below
+    return ratio - half, ratio + half
+
+
 def same_share(gained: int, lost: int) -> float:
     """How likely two equal models differ by at least as much on the same questions (McNemar 1947, the exact two-sided
     form): `gained` only the second answers right, `lost` only the first."""

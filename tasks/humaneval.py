@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -14,8 +15,8 @@ from tasks.base import Problem, Tool
 from tasks.sandbox import Program, Sandbox
 
 HUB = "hub:openai/openai_humaneval"
-# Where a continuation has left the function: what the paper stops generation at.
-STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+# Where a continuation has left the function: what the paper stops generation at, and the end of a fence.
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 
 _FENCED = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
 
@@ -57,13 +58,28 @@ def program(task: Task, completion: str) -> Program:
     """What the sandbox runs for a completion, which is a body that goes on from the prompt, as a base model writes it,
     or a whole function, alone or in a Markdown fence, as an answer in a chat has it."""
     defines = re.compile(rf"^def {re.escape(task.entry_point)}\b", re.MULTILINE).search
-    blocks = _FENCED.findall(completion) or [completion]
-    code = next(filter(defines, blocks), blocks[0])
-    if defines(code):  # after what an answer says before it, where it has no fence
-        code = code[_CODE.search(code).start() :].partition("\n```")[0]  # type: ignore[union-attr]
+    goes_on = re.match(r"\n*[ \t]+\S", completion)  # indented as a body is
+    blocks = (not goes_on and _FENCED.findall(completion)) or [completion]
+    block = next(filter(defines, blocks), blocks[0])
+    code = next(filter(defines, _python(block)), None)
     # with a whole function, the prompt gives its imports and its other functions
-    rest = f"\n    pass\n\n{code}" if defines(code) else continuation(code)
+    rest = continuation(block) if code is None else f"\n    pass\n\n{code}"
     return Program(task.prompt + rest, task.entry_point, task.test, context=task.prompt)
+
+
+def _python(text: str) -> Iterator[str]:
+    """From each line on that may begin code, as many lines as are Python: an answer without a fence says something
+    before and after it."""
+    for start in _CODE.finditer(text):
+        lines = text[start.start() :].split("\n")
+        for count in range(len(lines), 0, -1):
+            code = "\n".join(lines[:count])
+            try:
+                ast.parse(code)
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+            yield code
+            break
 
 
 def continuation(text: str) -> str:

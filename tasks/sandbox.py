@@ -43,7 +43,8 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _ADVICE = (
     "Install bubblewrap and libseccomp (apt install bubblewrap libseccomp2; dnf install bubblewrap libseccomp), or let "
     "users make namespaces (sysctl -w user.max_user_namespaces=10000, on Ubuntu also "
-    "kernel.apparmor_restrict_unprivileged_userns=0). --unsafe-sandbox runs programs with all that you may do yourself"
+    "kernel.apparmor_restrict_unprivileged_userns=0). --unsafe-sandbox, in a run --set evaluate.unsafe_sandbox=true, "
+    "runs programs with all that you may do yourself"
 )
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from runs import Run, start
-from test_secrets import SECRETS, holding, watching
+from test_secrets import SECRETS, files, holding, watching
 
 
 def main() -> int:
@@ -29,12 +29,12 @@ def main() -> int:
             half_way = holding(root)
             result = command.finish(3600)
         found = half_way + holding(root)
-        files = sum(path.is_file() for path in root.rglob("*"))
-        logs = list(places["ray"].rglob("runtime_env_agent.log"))
+        last = files(root)
+        logs = [path for path in last if path.name == "runtime_env_agent.log"]
     shown = [value for value in SECRETS.values() if value in result.output]
     print(
         f"exit status {result.code} after {time.monotonic() - command.began:.0f} s; {seen.samples:,} looks at the "
-        f"command lines: {len(seen.lines)} with a secret; {files:,} files at the end, {len(logs)} of them Ray's "
+        f"command lines: {len(seen.lines)} with a secret; {len(last):,} files at the end, {len(logs)} of them Ray's "
         f"logs of environments: {len(found)} with a secret, {found[:3]}; {len(shown)} printed"
     )
     return 1 if result.code or seen.lines or found or shown or not logs else 0

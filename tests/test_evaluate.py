@@ -118,7 +118,7 @@ class Sampler:
         self.model.init_weights(0)
 
     def sample(self, prompts: Any, seeds: Any, samples: int, limit: int, greedy: bool = False) -> Any:
-        groups = generate(self.model, Turns(0, None, lambda call: []), prompts, seeds, samples, limit, greedy)
+        groups = generate(self.model, Turns((0,), None, lambda call: []), prompts, seeds, samples, limit, greedy)
         for completion in (c for group in groups for c in group):
             ends = [i for i, token in enumerate(completion.tokens, 1) if token % 8 == 0]
             completion.finished = bool(ends)
@@ -224,7 +224,7 @@ def test_what_was_cut_off_earns_nothing_and_does_not_vote() -> None:
     problem, tokens = Problem("?", "#### 12"), tokenizer.encode("#### 12")
     for finished in (True, False):
         completion = Completion(tokens, [1] * len(tokens), [0.0] * len(tokens), finished)
-        record = graded(Arithmetic(1, 1), problem, completion, tokenizer)
+        record = graded(Arithmetic(1, 1), problem, completion, tokenizer.decode)
         assert record["grades"] == dict.fromkeys(("reward", "strict", "lenient"), float(finished))
         assert record["answer"] == ("12" if finished else None)
         assert record["text"] == "#### 12"

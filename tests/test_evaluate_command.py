@@ -11,7 +11,9 @@ import pytest
 from runs import Result, Run, fathom, kill_at_checkpoint, one_clear_message, start
 from test_scoring import make_bundle
 
+from corpus.tokenizers import META_FILE
 from tasks.core import core
+from tasks.suite import CHATCORE
 
 
 def evaluate(*arguments: object, seconds: float = 300) -> Result:
@@ -44,6 +46,33 @@ def test_a_run_a_stage_and_its_directory_are_one_model(line: Run, tmp_path: Path
     rows = (out / "table.csv").read_text().splitlines()
     assert rows[0] == "Task,Accuracy,Centered"
     assert rows[1].startswith(f"choose,{labels['choose']:.6f},")
+
+
+def test_a_model_of_other_makers_answers_in_its_own_chat_format(line: Run, tmp_path: Path) -> None:
+    """As a model of ours without what only we write beside it."""
+    theirs = tmp_path / "theirs"
+    shutil.copytree(line.path / "sft", theirs)
+    (theirs / META_FILE).unlink()
+    asked = ("--tasks", "chatcore", "--eval-data", tmp_path, "--limit", 8, "--storage", tmp_path)
+    for name in ("arc", "mmlu", "gsm8k", "humaneval"):
+        (tmp_path / name).mkdir()
+    problem = {"task_id": "0", "prompt": "def one():\n", "entry_point": "one", "canonical_solution": "    return 1\n"}
+    solved = problem | {"test": "def check(f):\n    assert f() == 1\n"}
+    (tmp_path / "humaneval/HumanEval.jsonl").write_text(json.dumps(solved) + "\n")
+    (tmp_path / "gsm8k/test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 3)
+    choice = {"question": "Which?", "choices": {"text": ["this", "that"], "label": ["A", "B"]}, "answerKey": "B"}
+    for part in ("ARC-Easy", "ARC-Challenge"):
+        (tmp_path / f"arc/{part}.test.jsonl").write_text(f"{json.dumps(choice)}\n" * 3)
+    (tmp_path / "mmlu/test.jsonl").write_text('{"question": "Which?", "choices": ["a", "b"], "answer": 1}\n' * 3)
+    files = ("--json", tmp_path / "all.json", "--examples", tmp_path / "examples.jsonl")
+    result = evaluate(line.path / "sft", theirs, *asked, *files)
+    assert result.code == 0, result.output
+    ours, other = json.loads((tmp_path / "all.json").read_text())
+    assert list(ours["tasks"]) == list(other["tasks"]) == list(CHATCORE)
+    scores: dict[str, list[Any]] = {ours["model"]: [], other["model"]: []}
+    for row in map(json.loads, (tmp_path / "examples.jsonl").read_text().splitlines()):
+        scores[row["model"]].append((row["task"], row["index"], row["scores"]))
+    assert scores[ours["model"]] == scores[other["model"]]
 
 
 def test_what_is_killed_goes_on_and_asks_no_task_again(line: Run, tmp_path: Path) -> None:
@@ -161,6 +190,7 @@ def test_mistakes_of_evaluations_are_told_before_anything_starts(tmp_path: Path)
     bundle = make_bundle(tmp_path / "bundle")
     for more, said in (
         (["--evals", "cor", "--eval-data", str(bundle)], "--evals cor: there is no task 'cor'; did you mean core"),
+        (["--evals", "Speling", "--only", "evaluate_sft"], "--evals Speling: there is no task 'Speling'"),
         (["--evals", "core"], "--evals core: CORE needs its bundle: give --eval-data"),
         (["--set", "base.core_every=5"], "base.core_every asks CORE, whose bundle is missing: give --eval-data"),
     ):

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tasks.generated import GeneratedTask
 from tasks.humaneval import Task, problems, program
 from tasks.sandbox import Sandbox, SandboxUnavailable
+from tasks.suite import suite
 
 # A wrong answer that differs from the right one as little as its kind allows.
 ALTERED = """
@@ -83,6 +85,8 @@ def test_canonical_solutions_pass_and_altered_ones_fail(shared_data: Path, sandb
         "```python\nfits(4)\n```\nwants\n```py\nimport math\n\ndef fits(x):\n    return [math.floor(x / 2)]\n```",
         "```\ndef half(x):\n    return x // 2\n\n\ndef fits(x):\n    return [half(x)]",
         "```python\n    return [half(x)]\n```",
+        "    return [half(x)]\n```\n\nIt halves.",
+        "We import what we need:\n\ndef fits(x):\n    return [half(x)]\n\nThis halves the number.",
     ],
 )
 def test_a_right_completion_passes_in_any_form(sandbox: Sandbox, completion: str) -> None:
@@ -97,6 +101,17 @@ def test_a_right_completion_passes_in_any_form(sandbox: Sandbox, completion: str
 def test_a_wrong_completion_fails_in_any_form(sandbox: Sandbox, completion: str) -> None:
     outcome = sandbox.run(program(TASK, completion), timeout_s=30)
     assert not outcome.passed and outcome.reason and outcome.limit is None
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_only_unsafe_lets_a_program_see_the_users_files(tmp_path: Path, unsafe: bool, sandbox: Sandbox) -> None:
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval/HumanEval.jsonl").write_text(json.dumps(vars(TASK)) + "\n")
+    [task] = suite(["HumanEval"], str(tmp_path), unsafe=unsafe).tasks
+    assert isinstance(task, GeneratedTask)
+    [problem] = task.environment.problems("test")
+    looks = f"    open({str(tmp_path / 'humaneval/HumanEval.jsonl')!r})\n    return [half(x)]"
+    assert task.environment.grade(problem, looks) == {"reward": float(unsafe)}
 
 
 def test_problems_are_read_from_a_folder_or_a_file_packed_or_not(tmp_path: Path) -> None:

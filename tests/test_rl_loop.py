@@ -27,10 +27,10 @@ from models.layers import LanguageModel
 from models.spec import ModelSpec
 from stages.config import RLConfig
 from stages.context import StageContext, Stopped
+from stages.evaluation.text import Ours
 from stages.rl.groups import Group, NoSignal, rewards_of
 from stages.rl.learner import divergence
 from stages.rl.loop import reinforce
-from stages.rl.rollout import turns_of
 from stages.training.metrics import Reporter
 from stages.training.parallel import World
 from stages.training.state import Checkpoints
@@ -105,7 +105,7 @@ class Here:
     def start(
         self, prompts: list[list[int]], seeds: Sequence[tuple[int, ...]], *arguments: Any, **more: Any
     ) -> Rollout:
-        groups = generate(self.model, turns_of(TOKENIZER, {}), prompts, seeds, *arguments, **more)
+        groups = generate(self.model, Ours(TOKENIZER).turns({}), prompts, seeds, *arguments, **more)
         for completion in (c for group in groups for c in group):
             completion.weight_version = self.version
         self.started.append((self.version, len(prompts)))

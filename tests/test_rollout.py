@@ -76,7 +76,7 @@ FAMILIES = {
     "qwen3": ModelSpec("qwen3", kv_heads=2, head_dim=24, **SHAPE),
 }
 END, CALL, RESULT = 3, (4, 5), (6, 7)
-CALLS = Turns(END, CALL, lambda ids: [RESULT[0], *reversed(ids), RESULT[1]])
+CALLS = Turns((END,), CALL, lambda ids: [RESULT[0], *reversed(ids), RESULT[1]])
 
 
 @pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
@@ -101,7 +101,7 @@ def test_cached_generation_gives_the_models_own_logprobs(spec: ModelSpec, monkey
 @pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
 def test_greedy_generation_takes_the_most_likely_token(spec: ModelSpec) -> None:
     model, prompts = random_model(spec, seed=1), [[8, 9, 10], [11] * 12]
-    turns = Turns(END, None, list)
+    turns = Turns((END,), None, list)
     for prompt, [completion] in zip(prompts, generate(model, turns, prompts, seeds(prompts), 1, 12, True), strict=True):
         ids = list(prompt)
         for token in completion.tokens:
@@ -114,7 +114,7 @@ def test_tokens_are_drawn_as_often_as_the_model_says() -> None:
     model = random_model(FAMILIES["depth"], seed=2)
     with torch.no_grad():
         expected = model.logits(torch.tensor([[8, 9]]))[0, -1].softmax(-1).numpy()
-    [group] = generate(model, Turns(END, None, list), [[8, 9]], [(0,)], 4000, 1)
+    [group] = generate(model, Turns((END,), None, list), [[8, 9]], [(0,)], 4000, 1)
     counts = np.bincount([c.tokens[0] for c in group], minlength=len(expected))
     # each count is binomial; 50 of them all lie within 5 deviations but once in 50,000 runs
     assert (np.abs(counts - 4000 * expected) < 5 * np.sqrt(4000 * expected) + 1).all()

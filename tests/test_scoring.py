@@ -34,8 +34,9 @@ from stages.evaluation.measure import Kept
 from stages.evaluation.score import TOKENS_AT_ONCE, Request, Score, batches, grow, score
 from stages.evaluation.text import open_text
 from tasks import arc, mmlu
+from tasks.calculator import calculate
 from tasks.core import EXAMPLES, ORDER, Bundle, centered, core
-from tasks.estimates import interval_of_core, same_share
+from tasks.estimates import interval_of_core, interval_of_ratio, same_share
 from tasks.perplexity import Perplexity
 from tasks.ranking import Question, accuracy, answer, question, within
 from tasks.suite import at_hand, suite
@@ -221,6 +222,19 @@ def test_perplexity_predicts_every_token_once(tmp_path: Path) -> None:
     assert found["bpb"] == pytest.approx(math.log2(VOCABULARY))
     words, length = 3 + 20 + 1, sum(map(len, documents))
     assert found["word_perplexity"] == pytest.approx(VOCABULARY ** (length / words))
+    assert found["low"] == pytest.approx(found["bpb"]) == found["high"]  # no document differs from the others
+    assert "low" not in Perplexity(lambda: iter(documents[:1]), 16, "").figures([])
+
+
+def test_the_interval_of_bits_a_byte_holds_the_truth_as_often_as_it_says() -> None:
+    """Documents of many lengths, each with bits a byte of its own around 2."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        sizes = rng.lognormal(5, 1, 60)
+        low, high = interval_of_ratio([(size * rng.normal(2, 0.4), size) for size in sizes]) or (0.0, 0.0)
+        held += low <= 2 <= high
+    assert 0.88 < held / 400 < 0.98
 
 
 def damaged(bundle: Path, kind: str) -> str:
@@ -421,6 +435,12 @@ def test_transformers_reads_the_same_of_a_directory_as_we_do(tmp_path: Path) -> 
         assert theirs.encode(text) == ours.encode(text)
     chat = [{"role": "user", "content": "one <|user_end|> two"}]
     assert theirs.prompt(chat) == ours.prompt(chat)
+    assert theirs.decode([*ours.encode(" three"), *ours.turns({}).ends]) == " three"
+    tools = {"python": calculate}
+    assert ours.turns(tools).call and not theirs.turns(tools).call  # a call of ours means nothing to others
+    assert theirs.turns({}).ends == ours.turns({}).ends
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert {7, 9} < set(theirs.turns({}).ends)
 
 
 def test_a_directory_without_a_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -21,8 +21,6 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from cluster.manifest import informing
 from cluster.resources import Devices
 from cluster.storage import Storage
-from corpus.conversation import render_prompt
-from corpus.tokenizers import META_FILE, Tokenizer
 from models.hf import read_spec
 from stages.config import EvaluateConfig
 from stages.evaluate import graded, sampling
@@ -44,7 +42,6 @@ VERSION = 1  # of how tasks are asked and graded
 SEED = 0  # of greedy completions, which draw nothing
 
 FAULTS = (OSError, ValueError, SandboxUnavailable)  # of one task, after which the others can be asked
-NO_CHAT = "it is asked in the chat format of models made here, which this model does not know"
 
 Figures = dict[str, Any]  # of one task
 Examples = list[dict[str, Any]]  # one a question
@@ -166,10 +163,7 @@ def measure(
                 figures, examples = asked.figures(), asked.examples()
                 kept.write(asked.task, figures, examples)
                 yield asked.task.name, figures, examples
-    if generated and not (fetch() / META_FILE).is_file():
-        for task in generated:
-            yield task.name, NO_CHAT, []
-    elif generated:
+    if generated:
         with ExitStack() as stack:
             if writers is None:
                 writers, _ = stack.enter_context(sampling(fetch, TOOLS, config, devices, say))
@@ -190,10 +184,10 @@ def _written(
     """Figures and examples of a task whose answers `pool` writes. A problem that leaves no room for an answer in the
     model's context counts as not solved. Raises FileNotFoundError, ValueError or SandboxUnavailable."""
     began, environment = time.monotonic(), task.environment
-    tokenizer, room = Tokenizer.load(model), read_spec(model).sequence_len
+    text, room = open_text(model), read_spec(model).sequence_len
     problems = environment.problems("test")[:limit]
     environment.grade(problems[0], "")  # what cannot be graded need not be written
-    prompts = {i: render_prompt(environment.render(problem), tokenizer) for i, problem in enumerate(problems)}
+    prompts = {i: text.prompt(environment.render(problem)) for i, problem in enumerate(problems)}
     fitting = [i for i, prompt in prompts.items() if len(prompt) < room]
     if len(fitting) < len(problems):
         say(f"{task.name}: {len(problems) - len(fitting)} of {len(problems)} problems leave no room for an answer")
@@ -201,7 +195,7 @@ def _written(
     completions = pool.sample([prompts[i] for i in fitting], seeds, 1, task.max_new_tokens, greedy=True)
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # which wait, where a sandbox grades
         asked = [problems[i] for i in fitting]
-        records = threads.map(lambda p, c: graded(environment, p, c[0], tokenizer), asked, completions)
+        records = threads.map(lambda p, c: graded(environment, p, c[0], text.decode), asked, completions)
         rewards = dict(zip(fitting, (record["grades"]["reward"] for record in records), strict=True))
     scores = [rewards.get(i, 0.0) for i in prompts]
     named = {"task": task.name}

@@ -41,6 +41,7 @@ PROMPTS = (
     "My favourite colour is",
 )
 SAMPLE_TOKENS = 48
+TELL_SECONDS = 2.0  # between two reports of progress
 
 Problems = tuple[EnvironmentFile | None, float]  # as `stages.evaluate.opened` takes them
 
@@ -57,7 +58,8 @@ def run(
     how well it predicts held-out text, and what else `config` has it asked."""
     began = time.monotonic()
     fetch = partial(context.fetch, source)
-    asked = suite(chosen(config.tasks, config.data, chat=source != "base"), config.data)
+    names = chosen(config.tasks, config.data, chat=source != "base")
+    asked = suite(names, config.data, unsafe=config.unsafe_sandbox)
     answers = Answers(context, source, config, devices)
     stats: dict[str, Any] = {}
     with context.scratch() as directory:
@@ -102,7 +104,7 @@ class Answers:
         assert model is not None  # the stage has been started because it is there
         precision = resolved("auto", devices)
         self._kept = Kept(context.storage.at(ANSWERS), model.digest(), precision, config.engine, config.limit)
-        self._fetch, self._note = partial(context.fetch, source), context.note
+        self._fetch, self._context = partial(context.fetch, source), context
         self._config, self._devices = config, devices
         self.figures: dict[str, Figures] = {}
         self.faults: dict[str, str] = {}
@@ -114,6 +116,17 @@ class Answers:
         gpus = min(self._devices.gpus, resources().gpus or 1)  # machines may have gone since the run began
         actors = self._config.actors(gpus, self._devices.cpus)
         limit, precision = self._config.limit, "auto"
+        questions, last = dict[str, int](), time.monotonic()
+        of = len(self.figures) + len(self.faults) + len(tasks)
+
+        def progress(name: str, done: int, _: int | None) -> None:
+            nonlocal last
+            questions[name] = done
+            if time.monotonic() - last > TELL_SECONDS:
+                answered = len(self.figures) + len(self.faults)
+                self._context.progress(answered, of, {"questions": sum(questions.values())})
+                last = time.monotonic()
+
         try:
             for name, found, examples in measure(
                 self._fetch,
@@ -124,8 +137,9 @@ class Answers:
                 actors,
                 self._config,
                 precision,
-                self._note,
+                self._context.note,
                 writers,
+                progress,
             ):
                 if isinstance(found, str):
                     self.faults[name] = found
@@ -137,7 +151,7 @@ class Answers:
             self.faults |= {task.name: str(error) for task in tasks if task.name not in answered}
         for task in tasks:
             if task.name in self.faults:
-                self._note(f"{task.name} could not be asked: {self.faults[task.name]}")
+                self._context.note(f"{task.name} could not be asked: {self.faults[task.name]}")
 
 
 def headline(found: dict[str, Any]) -> dict[str, float]:
@@ -178,7 +192,7 @@ def samples(directory: Path, devices: Devices) -> list[dict[str, Any]]:
     tokenizer = Tokenizer.load(directory)
     room = read_spec(directory).sequence_len - 1
     prompts = [[tokenizer.bos, *tokenizer.encode(prompt)][:room] for prompt in PROMPTS]
-    turns = Turns(tokenizer.special(DOCUMENT_ENDS[0]), None, lambda _: [])
+    turns = Turns((tokenizer.special(DOCUMENT_ENDS[0]),), None, lambda _: [])
     seeds = [(i,) for i in range(len(prompts))]
     groups = generate(model, turns, prompts, seeds, 1, SAMPLE_TOKENS, greedy=True)
     texts = [tokenizer.decode(completion.tokens) for (completion,) in groups]

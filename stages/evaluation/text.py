@@ -1,17 +1,32 @@
-"""What tasks need of a model's tokenizer, whoever made the model: `tasks.ranking.Text` of a model's directory."""
+"""What is asked of a model's tokenizer, whoever made the model: `tasks.ranking.Text` of a model's directory, and how
+the model answers in a chat."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from corpus.conversation import render_prompt
-from corpus.tokenizers import META_FILE, Tokenizer
+from corpus.tokenizers import ANSWER_ENDS, META_FILE, Tokenizer
+from models.generate import Turns
+from tasks.base import Tool
 from tasks.ranking import Text
 
+Tools = Mapping[str, Tool]
 
-def open_text(directory: Path) -> Text:
+
+class Chat(Text, Protocol):
+    def decode(self, ids: Sequence[int]) -> str:
+        """An answer as text."""
+
+    def turns(self, tools: Tools) -> Turns:
+        """The turns of a conversation in which the model may call the tool `python`; none where `tools` lacks it, or
+        the model's maker has taught it other calls."""
+
+
+def open_text(directory: Path) -> Chat:
     """Of a model made here, else of any Hugging Face directory. FileNotFoundError where there is no tokenizer."""
     if (directory / META_FILE).is_file():
         return Ours(Tokenizer.load(directory))
@@ -29,11 +44,27 @@ class Ours:
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         return render_prompt(messages, self.tokenizer)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def turns(self, tools: Tools) -> Turns:
+        special, tool = self.tokenizer.special, tools.get("python")
+
+        def answer(call: list[int]) -> list[int]:
+            result = tool(self.decode(call)) if tool else None
+            if result is None:  # nothing that the tool understands; the model goes on without a result
+                return []
+            return [special("<|output_start|>"), *self.encode(result), special("<|output_end|>")]
+
+        call = (special("<|python_start|>"), special("<|python_end|>")) if tool else None
+        return Turns((special(ANSWER_ENDS[0]),), call, answer)
+
 
 class _Theirs:
     """transformers' tokenizer; a text begins with its bos, or with its eos where, as for GPT-2, that parts texts."""
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         from transformers import AutoTokenizer  # seconds, which a model made here does not need
 
         try:
@@ -73,3 +104,17 @@ class _Theirs:
         except Exception as error:  # a template is a program, and raises what it likes
             raise ValueError(f"the chat template of the model's tokenizer fails: {error}") from error
         return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def turns(self, tools: Tools) -> Turns:
+        from transformers import GenerationConfig
+
+        try:
+            ends = GenerationConfig.from_pretrained(self._directory, local_files_only=True).eos_token_id
+        except OSError:  # no generation_config.json
+            ends = None
+        ends = [ends] if isinstance(ends, int) else ends or []
+        return Turns(tuple({*ends, self._tokenizer.eos_token_id} - {None}), None, lambda call: [])

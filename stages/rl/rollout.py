@@ -28,18 +28,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from torch import Tensor
 
 from cluster.resources import Devices
-from corpus.tokenizers import Tokenizer
-from models.generate import Completion, Engine, TorchEngine, Turns, complete
+from models.generate import Completion, Engine, TorchEngine, complete
 from models.hf import read_spec
 from models.vllm_engine import CPU_ENV, GPU_ENV, VLLMEngine
+from stages.evaluation.text import Tools, open_text
 from stages.rl.weights import Transfer, digest
 from stages.training.parallel import World, keep_freed_memory
-from tasks.base import Tool
 
 logger = logging.getLogger(__name__)
 
 Completions = list[list[Completion]]  # of each prompt its samples
-Tools = Mapping[str, Tool]
 Places: TypeAlias = PlacementGroupSchedulingStrategy | Literal["SPREAD"]  # of actors
 
 TRIES = 3
@@ -72,27 +70,13 @@ def reserved(devices: Devices, actors: int) -> Iterator[Places]:
         remove_placement_group(group)
 
 
-def turns_of(tokenizer: Tokenizer, tools: Tools) -> Turns:
-    """The turns of a conversation in which the model may call the tool `python`; none where `tools` lacks it."""
-    special, tool = tokenizer.special, tools.get("python")
-
-    def answer(call: list[int]) -> list[int]:
-        result = tool(tokenizer.decode(call)) if tool else None
-        if result is None:  # nothing that the tool understands; the model goes on without a result
-            return []
-        return [special("<|output_start|>"), *tokenizer.encode(result), special("<|output_end|>")]
-
-    call = (special("<|python_start|>"), special("<|python_end|>")) if tool else None
-    return Turns(special("<|assistant_end|>"), call, answer)
-
-
 @ray.remote(max_restarts=0, concurrency_groups={"health": 1})
 class RolloutActor:
     def __init__(self, fetch: Callable[[], Path], engine: str, on_gpu: bool, shared: bool, tools: Tools) -> None:
         if not on_gpu:
             keep_freed_memory()
         directory = fetch()
-        self.turns = turns_of(Tokenizer.load(directory), tools)
+        self.turns = open_text(directory).turns(tools)
         self.context = read_spec(directory).sequence_len
         self.engine: Engine = (
             VLLMEngine(directory, on_gpu, shared) if engine == "vllm" else TorchEngine(directory, on_gpu)
