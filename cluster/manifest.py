@@ -54,6 +54,8 @@ def _now() -> str:
 class Counts(BaseModel):
     """What there is of a source, as `corpus.left_out` counts it."""
 
+    model_config = ConfigDict(strict=True)
+
     read: int
     kept: int
     left_out: dict[str, int]
@@ -65,7 +67,7 @@ class Stats(BaseModel):
     """What the commands show of `Manifest.stats`, which may hold more."""
 
     notes: list[str] = Field(default_factory=list)
-    skipped: dict[str, dict[str, int]] = Field(default_factory=dict)
+    skipped: dict[str, dict[str, Annotated[int, Field(strict=True)]]] = Field(default_factory=dict)
     read: dict[str, Counts] = Field(default_factory=dict)
     tokens_below: dict[int, int] = Field(default_factory=dict)
 

@@ -317,11 +317,11 @@ class Storage:
         def parsed(data: bytes) -> tuple[Any, str]:
             try:
                 value = json.loads(data)
+                # files of a version that wrote no hash are taken as they are
+                if isinstance(value, dict) and CHECKSUM in value and value.pop(CHECKSUM) != checksum(value):
+                    return None, "its content does not agree with the hash within it"
             except (ValueError, RecursionError) as error:
                 return None, f"it is not valid JSON: {error}"
-            # files of a version that wrote no hash are taken as they are
-            if isinstance(value, dict) and CHECKSUM in value and value.pop(CHECKSUM) != checksum(value):
-                return None, "its content does not agree with the hash within it"
             return value, ""
 
         data = agreed(lambda: self.read_bytes(path), lambda data: not parsed(data)[1], f"{self.uri}/{path}")
@@ -366,10 +366,10 @@ class Storage:
         if self.local_path is None:
             (filesystem.delete_file if kind == fs.FileType.File else filesystem.delete_dir)(full)
             return
-        if kind == fs.FileType.File:
-            Path(full).unlink(missing_ok=True)
-        else:
+        if os.path.isdir(full) and not os.path.islink(full):
             shutil.rmtree(full)
+        else:  # a pipe or a link, too
+            Path(full).unlink(missing_ok=True)
         sync_folder(Path(full).parent)
 
     def move(self, path: str, target: str) -> None:

@@ -202,6 +202,7 @@ def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Cons
     kept = Kept(storage, model.digest, precision, args.engine, args.limit)
     actors = devices.gpus or max(1, min(devices.cpus, MOST_ACTORS))
     with Progress(*columns, console=console, transient=True) as bars:
+        whole = bars.add_task("tasks", total=len(asked.tasks))  # whose time left is known, other than a task's
         lines = {task.name: bars.add_task(task.name, total=None, start=False) for task in asked.tasks}
 
         def progress(name: str, done: int, of: int | None) -> None:
@@ -222,6 +223,7 @@ def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Cons
         )
         try:
             for name, figures, examples in answers:
+                bars.advance(whole)
                 if isinstance(figures, str):
                     report.faults[name] = figures
                     continue
@@ -235,6 +237,7 @@ def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Cons
             report.faults |= {task.name: str(error) for task in asked.tasks if task.name not in answered}
     order = [task.name for task in asked.tasks if task.name in report.figures]
     report.figures = {name: report.figures[name] for name in order}
+    report.examples = {name: report.examples[name] for name in order}
     return report
 
 
@@ -284,6 +287,8 @@ def _beside(first: Report, report: Report, name: str) -> str:
         return ""
     by_index = {example["index"]: example for example in first.examples[name]}
     pairs = [(by_index[b["index"]], b) for b in report.examples[name] if b["index"] in by_index]
+    if not pairs:
+        return ""
     gained = sum(b["correct"] and not a["correct"] for a, b in pairs)
     lost = sum(a["correct"] and not b["correct"] for a, b in pairs)
     return f"{(gained - lost) / len(pairs):+.4f}, {same_share(gained, lost):.3f}"

@@ -12,6 +12,8 @@ from runs import Result, Run, fathom, kill_at_checkpoint, one_clear_message, sta
 from test_scoring import make_bundle
 
 from corpus.tokenizers import META_FILE
+from pipeline.config import ConfigError, load_config
+from pipeline.preflight import check_inputs
 from tasks.core import core
 from tasks.suite import CHATCORE
 
@@ -69,10 +71,11 @@ def test_a_model_of_other_makers_answers_in_its_own_chat_format(line: Run, tmp_p
     assert result.code == 0, result.output
     ours, other = json.loads((tmp_path / "all.json").read_text())
     assert list(ours["tasks"]) == list(other["tasks"]) == list(CHATCORE)
-    scores: dict[str, list[Any]] = {ours["model"]: [], other["model"]: []}
-    for row in map(json.loads, (tmp_path / "examples.jsonl").read_text().splitlines()):
-        scores[row["model"]].append((row["task"], row["index"], row["scores"]))
-    assert scores[ours["model"]] == scores[other["model"]]
+    rows = [json.loads(row) for row in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    for mine, its in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True):
+        assert (mine.pop("model"), its.pop("model")) == (ours["model"], other["model"])
+        assert mine.pop("scores") == pytest.approx(its.pop("scores"), abs=1e-5)
+        assert mine == its
 
 
 def test_each_model_is_measured_for_itself(line: Run, tmp_path: Path) -> None:
@@ -218,9 +221,10 @@ def test_mistakes_of_evaluations_are_told_before_anything_starts(tmp_path: Path)
     bundle = make_bundle(tmp_path / "bundle")
     for more, said in (
         (["--evals", "cor", "--eval-data", str(bundle)], "--evals cor: there is no task 'cor'; did you mean core"),
-        (["--evals", "Speling", "--only", "evaluate_sft"], "--evals Speling: there is no task 'Speling'"),
         (["--evals", "core"], "--evals core: CORE needs its bundle: give --eval-data"),
         (["--set", "base.core_every=5"], "base.core_every asks CORE, whose bundle is missing: give --eval-data"),
     ):
         result = fathom("run", "--preset", "demo", "--storage", str(tmp_path), *more, "--dry-run", seconds=120)
         assert result.code == 1 and said in result.output.replace("\n", " "), result.output
+    with pytest.raises(ConfigError, match="there is no task 'Speling'; did you mean Spelling"):
+        check_inputs(load_config("demo", sets=["evaluate.tasks=Speling"]), ["evaluate_sft"])

@@ -559,6 +559,10 @@ def test_kept_answers_of_another_shape_are_asked_again(tmp_path: Path) -> None:
         {"figures": figures | {"accuracy": "[/x]"}},
         {"figures": {name: value for name, value in figures.items() if name != "low"}},
         {"figures": figures | {"examples": 2}},
+        {"figures": figures | {"centered": 10**400}},
+        {"figures": figures | {"baseline": 1}},
+        {"figures": figures | {"accuracy": 5.0}},
+        {"figures": {"bpb": 1.0, "word_perplexity": 2.0, "low": 0.9, "examples": 1, "few_shot": 0, "seconds": 0.1}},
         {"examples": [examples[0] | {"correct": 3}]},
     ):
         file.write_text(json.dumps({"figures": whole["figures"], "examples": whole["examples"]} | wrong))

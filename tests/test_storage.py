@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from cluster import manifest as manifests
 from cluster import scratch
-from cluster.manifest import Manifest, drift
+from cluster.manifest import MANIFEST, Manifest, drift
 from cluster.storage import DamagedError, FencedError, Storage, StorageError, UnreachableError
 
 
@@ -421,3 +423,46 @@ def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> N
     assert len(there) == 2, "the file that was being written"
     storage.sweep()
     assert [path for path in (tmp_path / "stage").rglob("*") if path.is_file()] == [tmp_path / "stage/deep/kept"]
+
+
+def test_json_almost_too_deep_is_damaged(tmp_path: Path) -> None:
+    """Deep enough that it can be read, and not be hashed."""
+    storage = Storage(tmp_path)
+    for depth in range(960, 1010, 4):
+        deep = "[" * depth + "]" * depth
+        (tmp_path / "deep.json").write_text(f'{{"sha256": "{"0" * 64}", "a": {deep}}}')
+        with pytest.raises(DamagedError, match=r"deep\.json is damaged"):
+            storage.read_json("deep.json")
+
+
+def test_a_pipe_is_removed_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stop")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("stop", "link"):
+        Storage(tmp_path).delete(name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_pipe_in_place_of_a_lock_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lock = tmp_path / "fathom-x" / ".held"
+    lock.parent.mkdir()
+    os.mkfifo(lock)
+    os.utime(lock, (0, 0))
+    scratch.sweep()
+
+
+@pytest.mark.parametrize(
+    "stats",
+    [
+        {"read": {"corpus": {"read": "2", "kept": 1, "left_out": {}}}},
+        {"read": {"corpus": {"read": 2, "kept": 1, "left_out": {"empty": "1"}}}},
+        {"skipped": {"corpus": {"other": "1"}}},
+    ],
+)
+def test_counts_of_a_manifest_are_numbers(tmp_path: Path, stats: dict[str, Any]) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps({"run": "r", "stage": "s", "files": [], "stats": stats}))
+    with pytest.raises(DamagedError, match="is not a manifest of this version"):
+        manifests.read(Storage(tmp_path))

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.manifest import informing
 from cluster.resources import Devices
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 TOOLS = NumberProblems.tools  # that a model may call while it answers
 VERSION = 1  # of how tasks are asked and graded
+MOST = 1e308  # that a figure can be
 SEED = 0  # of greedy completions, which draw nothing
 
 FAULTS = (OSError, ValueError, SandboxUnavailable)  # of one task, after which the others can be asked
@@ -70,7 +71,7 @@ class KeptExample(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     task: str
-    index: int
+    index: int = Field(ge=0)
     correct: bool
     scores: list[float]
 
@@ -80,7 +81,7 @@ class KeptTask(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    figures: dict[str, int | float]
+    figures: dict[str, int | Annotated[float, Field(allow_inf_nan=False)]]
     examples: list[KeptExample]
 
     @model_validator(mode="after")
@@ -88,6 +89,13 @@ class KeptTask(BaseModel):
         scores = SCORES if "accuracy" in self.figures else ("bpb", "word_perplexity")
         if missing := {*scores, "few_shot", "seconds"} - self.figures.keys():
             raise ValueError(f"the figures lack {', '.join(sorted(missing))}")
+        shares = [self.figures[name] for name in scores if name in ("accuracy", "low", "high", "baseline")]
+        if not all(0 <= share <= 1 for share in shares) or self.figures.get("baseline") == 1:
+            raise ValueError("a share is from 0 to 1, and guessing is not always right")
+        if any(abs(figure) > MOST for figure in self.figures.values()):
+            raise ValueError(f"a figure is above {MOST:g}")
+        if ("low" in self.figures) != ("high" in self.figures):
+            raise ValueError("an interval has two ends")
         if not self.examples or self.figures.get("examples") != len(self.examples):
             raise ValueError("the examples are not as many as the figures say")
         return self
