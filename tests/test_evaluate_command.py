@@ -78,34 +78,6 @@ def test_a_model_of_other_makers_answers_in_its_own_chat_format(line: Run, tmp_p
         assert mine == its
 
 
-def test_each_model_is_measured_for_itself(line: Run, tmp_path: Path) -> None:
-    """In bf16, side by side: one as it is, one with a shorter context, and one whose weights are damaged, which is told
-    and keeps none of the others from its figures."""
-    bundle = make_bundle(tmp_path / "bundle")
-    for name in ("short", "broken"):
-        shutil.copytree(line.path / "base", tmp_path / name)
-    config = json.loads((tmp_path / "short/config.json").read_text())
-    (tmp_path / "short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}))
-    (tmp_path / "broken/model.safetensors").write_bytes(b"\xff" * 100)
-    models = [line.path / "base", tmp_path / "broken", tmp_path / "short"]
-    asked = ("--tasks", "core,perplexity", "--eval-data", bundle, "--text", bundle / "text.txt")
-    (bundle / "text.txt").write_text("The ash grew beside the oak. " * 200)
-    more = ("--storage", tmp_path, "--precision", "bf16", "--json", tmp_path / "all.json")
-    result = evaluate(*models, *asked, *more)
-    assert result.code == 1 and "Traceback" not in result.output, result.output
-    said = " ".join(result.output.split())
-    assert "model.safetensors is damaged" in said and "choose could not be asked" in said
-    whole, broken, short = json.loads((tmp_path / "all.json").read_text())
-    assert broken["tasks"] == {} and set(broken["faults"]) == {"choose", "refer", "finish", "perplexity"}
-    assert list(whole["tasks"]) == list(short["tasks"]) == ["choose", "refer", "finish", "perplexity"]
-    assert short["tasks"]["perplexity"]["examples"] > whole["tasks"]["perplexity"]["examples"]  # more windows
-    assert short["bpb"] > whole["bpb"]
-    plain = evaluate(models[0], *asked, "--storage", tmp_path, "--json", tmp_path / "fp32.json")
-    assert plain.code == 0, plain.output
-    bpb = json.loads((tmp_path / "fp32.json").read_text())["bpb"]
-    assert bpb != whole["bpb"] and bpb == pytest.approx(whole["bpb"], rel=0.01)
-
-
 def test_what_is_killed_goes_on_and_asks_no_task_again(line: Run, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", count=400)
     shutil.copytree(line.path / "base", tmp_path / "model")
