@@ -247,16 +247,15 @@ class _Files:
         readings agree, as a single one may be at fault where the file is whole."""
         if name not in self.names:
             raise FileNotFoundError(f"{self._source} has no {name}; get the bundle again")
-        before = None
+        before = ""
         while True:
-            data = self._bytes(name)
-            digest = hashlib.sha256(data).hexdigest()
             try:
-                return digest, parse(data)
-            except ValueError:
-                if digest == before:
+                data = self._bytes(name)
+                return hashlib.sha256(data).hexdigest(), parse(data)
+            except ValueError as error:
+                if str(error) == before:
                     raise
-                before = digest
+                before = str(error)
 
     def _bytes(self, name: str) -> bytes:
         if self._zip is not None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from stages.config import EvaluateConfig
+from stages.evaluation.stage import asked_of
 from tasks.generated import GeneratedTask
 from tasks.humaneval import Task, problems, program
 from tasks.sandbox import Sandbox, SandboxUnavailable
-from tasks.suite import suite
 
 # A wrong answer that differs from the right one as little as its kind allows.
 ALTERED = """
@@ -107,7 +108,8 @@ def test_a_wrong_completion_fails_in_any_form(sandbox: Sandbox, completion: str)
 def test_only_unsafe_lets_a_program_see_the_users_files(tmp_path: Path, unsafe: bool, sandbox: Sandbox) -> None:
     (tmp_path / "humaneval").mkdir()
     (tmp_path / "humaneval/HumanEval.jsonl").write_text(json.dumps(vars(TASK)) + "\n")
-    [task] = suite(["HumanEval"], str(tmp_path), unsafe=unsafe).tasks
+    config = EvaluateConfig(tasks="HumanEval", data=str(tmp_path), unsafe_sandbox=unsafe)
+    [task] = asked_of("sft", config).tasks
     assert isinstance(task, GeneratedTask)
     [problem] = task.environment.problems("test")
     looks = f"    open({str(tmp_path / 'humaneval/HumanEval.jsonl')!r})\n    return [half(x)]"

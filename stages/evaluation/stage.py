@@ -27,7 +27,7 @@ from stages.rl.rollout import RolloutPool
 from tasks.core import LABELS
 from tasks.environments import EnvironmentFile
 from tasks.generated import GeneratedTask
-from tasks.suite import CHATCORE, Task, chosen, suite
+from tasks.suite import CHATCORE, Suite, Task, chosen, suite
 
 # what a base model is to go on from, the same for every run
 PROMPTS = (
@@ -58,8 +58,7 @@ def run(
     how well it predicts held-out text, and what else `config` has it asked."""
     began = time.monotonic()
     fetch = partial(context.fetch, source)
-    names = chosen(config.tasks, config.data, chat=source != "base")
-    asked = suite(names, config.data, unsafe=config.unsafe_sandbox)
+    asked = asked_of(source, config)
     answers = Answers(context, source, config, devices)
     stats: dict[str, Any] = {}
     with context.scratch() as directory:
@@ -87,6 +86,12 @@ def run(
         (directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         context.publish(directory, metrics, time.monotonic() - began, stats)
     context.storage.delete(ANSWERS)
+
+
+def asked_of(source: str, config: EvaluateConfig) -> Suite:
+    """What the model of stage `source` is asked beside the run's own problems."""
+    names = chosen(config.tasks, config.data, chat=source != "base")
+    return suite(names, config.data, unsafe=config.unsafe_sandbox)
 
 
 def _measure_text(
