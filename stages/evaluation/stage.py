@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -129,7 +130,8 @@ class Answers:
             questions[name] = done
             if time.monotonic() - last > TELL_SECONDS:
                 answered = len(self.figures) + len(self.faults)
-                self._context.progress(answered, of, {"questions": sum(questions.values())})
+                with contextlib.suppress(OSError):  # evaluation does not fail on what is only shown
+                    self._context.progress(answered, of, {"questions": sum(questions.values())})
                 last = time.monotonic()
 
         try:
