@@ -133,7 +133,7 @@ def test_a_model_too_large_is_a_row_that_says_so(tmp_path: Path) -> None:
 def test_ctrl_c_shows_what_there_is_and_leaves_nothing_behind(tmp_path: Path) -> None:
     file = tmp_path / "probe.json"
     # enough to do that it is not done when this process, on a busy machine, is late to see the first row
-    probing = command(*TINY, "--device-batch", "1,2,4,8,16", "--steps", "30", "--json", str(file))
+    probing = command(*TINY, "--device-batch", "1,2,4,8,16", "--steps", "300", "--json", str(file))
     assert probing.until(lambda: file.exists() and json.loads(file.read_text() or "{}").get("rows"), 60)
     before = time.monotonic()
     probing.process.send_signal(signal.SIGINT)
