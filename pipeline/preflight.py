@@ -1,20 +1,24 @@
-"""What can be known of a run's inputs before anything starts: what is not there, and what is out of proportion.
+"""What can be known of a run's inputs before anything starts: what is not there or of another form, and what is out of
+proportion.
 
-Only files of this machine are looked at, and only their names and sizes, so this takes seconds at most.
+Only files of this machine are looked at, and only their names, sizes and first records, so this takes seconds at most.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from itertools import islice
 
-from corpus.sources import KINDS, ROW_KINDS, SYNTHETIC, local_files
+from corpus.left_out import UnusableError
+from corpus.sources import KINDS, ROW_KINDS, SYNTHETIC, local_files, read_unit, units
 from pipeline.config import Config, ConfigError
 from pipeline.scaling import characters_per_token
-from stages.config import NONE
+from stages.config import NONE, DataConfig
 from tasks.core import Bundle
 from tasks.gsm8k import GSM8K
-from tasks.mixture import Part, spec_of
+from tasks.mixture import Part, conversations, spec_of
 from tasks.suite import chosen, suite
 
 PLAIN = (".txt", ".jsonl")
@@ -22,13 +26,16 @@ COMPRESSED = 0.4  # bytes a character of compressed text, about
 MOST_PASSES = 4  # over a corpus teach about as much as new text: Muennighoff et al., arXiv 2305.16264
 LEAST_STEPS = 100
 LONG_MID = 5  # times the tokens of base
+FIRST_FILES, FIRST_RECORDS = 100, 1_000  # of a corpus, and of a set of conversations
+DAMAGED = ("not_json", "invalid_utf8", "too_long")  # such records say nothing of the form of the others
 
 
 def check_inputs(config: Config, stages: Collection[str]) -> None:
-    """Raises ConfigError for the first input of these stages that is not there; it names the flag that gives it."""
-    for flag, spec, kinds, split in _inputs(config, stages):
+    """Raises ConfigError for the first input of these stages that is not there or cannot serve; it names the flag that
+    gives it."""
+    for flag, look in _inputs(config, stages):
         try:
-            local_files(spec, split, kinds)
+            look()
         except (ValueError, OSError) as error:
             raise ConfigError(f"{flag}: {error}") from error
     if "ingest" in stages:
@@ -58,21 +65,45 @@ def check_size(config: Config) -> None:
         )
 
 
-def _inputs(config: Config, stages: Collection[str]) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
-    """(what gives it, place, kinds of files, split) of each input of these stages."""
+def _inputs(config: Config, stages: Collection[str]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(what gives it, what raises ValueError or OSError where it cannot serve) of each input of these stages."""
     data = config.data
     if "ingest" in stages or ("tokenizer" in stages and config.tokenizer.learned):
-        yield "--corpus", data.corpus, KINDS, "train"
+        yield "--corpus", partial(_look_at_corpus, data)
     if "conversations" not in stages:
         return
     if data.gsm8k not in (NONE, SYNTHETIC):
         for split in ("train", "test"):
-            yield "--gsm8k", GSM8K(data.gsm8k).spec(split), ROW_KINDS, split
+            yield "--gsm8k", partial(_look_at_part, Part(source=data.gsm8k, format="gsm8k", split=split))
     for stage, parts in (("mid", data.mid), ("sft", data.sft)):
         for name, part in parts.items():
-            if (spec := spec_of(part)) is not None:
-                flag = {data.chat: "--chat", data.gsm8k: "--gsm8k"}.get(part.source, f"data.{stage}.{name}.source")
-                yield flag, spec, ROW_KINDS, part.split
+            flag = {data.chat: "--chat", data.gsm8k: "--gsm8k"}.get(part.source, f"data.{stage}.{name}.source")
+            yield flag, partial(_look_at_part, part)
+
+
+def _look_at_corpus(data: DataConfig) -> None:
+    """As ingest reads it: the columns of every Parquet file, and of the first JSONL files the first record."""
+    if local_files(data.corpus) is None:
+        return
+    found = units(data.corpus, shards=data.shards, text_column=data.text_column)
+    for unit in islice((u for u in found if u["kind"] == "jsonl" and not u.get("start")), FIRST_FILES):
+        next(read_unit(unit), None)
+
+
+def _look_at_part(part: Part) -> None:
+    """Raises the first fault where of the first records none is of the part's format. What is damaged, and single
+    records of another form, are told by the stage, which goes on with the others."""
+    spec = part.source if part.format == "spelling" else spec_of(part)
+    if spec is None or "://" in spec or (part.format != "spelling" and local_files(spec, part.split, ROW_KINDS) is None):
+        return
+    faults = []
+    for found in islice(conversations(part, seed=0), FIRST_RECORDS):
+        if not isinstance(found, UnusableError):
+            return
+        if found.reason not in DAMAGED:
+            faults.append(found)
+    if faults:
+        raise faults[0]
 
 
 def characters(spec: str, split: str = "train", kinds: tuple[str, ...] = KINDS) -> float | None:

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from runs import fathom, one_clear_message
 
@@ -35,12 +37,18 @@ def corpus(tmp_path: Path) -> Path:
             ["--chat", "none", "--gsm8k", "none", "--set", "data.mid.own.source={}/own.jsonl", "--until", "mid"],
             r"data\.mid\.own\.source: .*/own\.jsonl matches no file",
         ),
+        (["--corpus", "{}/books.jsonl"], r"--corpus: .*no string column `text`; its columns are body .*data\.text_column"),
+        (["--corpus", "{}/book.parquet", "--set", "data.text_column=bod"], r"--corpus: .*no string column `bod`; its"),
+        (["--chat", "{}/books.jsonl", "--gsm8k", "none"], r"--chat: .*books\.jsonl, record 1: not a conversation: .*body"),
+        (["--chat", "none", "--gsm8k", "{}/books.jsonl"], r"--gsm8k: .*books\.jsonl, row 1: it has body .*`question`"),
     ],
 )
 def test_an_input_that_is_not_there_is_named_by_its_flag_before_ray_starts(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], command: str, arguments: list[str], said: str
 ) -> None:
     (tmp_path / "plays.pdf").write_text("%PDF")
+    (tmp_path / "books.jsonl").write_text('{"body": "Once upon a time."}\n' * 100)
+    pq.write_table(pa.table({"body": ["Once upon a time."]}), tmp_path / "book.parquet")
     given = [argument.format(tmp_path) for argument in arguments]
     if "--corpus" not in given:
         given += ["--corpus", str(corpus)]
@@ -49,9 +57,7 @@ def test_an_input_that_is_not_there_is_named_by_its_flag_before_ray_starts(
     assert cli.main(["plan" if command == "plan" else "run", *flags]) == 1
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and re.search(said, errors), errors
-    assert not [
-        path for path in storage.rglob("*") if path.is_file() and path.name not in (".fathom-run", "config.json")
-    ]
+    assert not storage.exists(), "a run that is none would be listed, and drift"
 
 
 def test_what_is_made_or_lies_elsewhere_is_not_looked_at() -> None:
@@ -60,6 +66,15 @@ def test_what_is_made_or_lies_elsewhere_is_not_looked_at() -> None:
         check_inputs(config, ["tokenizer", "ingest", "conversations"])
     config = load_config(None, {"data": {"corpus": "/nowhere", "chat": "/nowhere", "gsm8k": "/nowhere"}})
     check_inputs(config, ["base", "mid", "sft"])
+
+
+def test_single_records_of_another_form_and_damage_are_left_to_the_stage(tmp_path: Path) -> None:
+    chats, damaged = tmp_path / "chats.jsonl", tmp_path / "damaged.jsonl"
+    chats.write_text('{"body": ""}\n' * 100 + '{"prompt": "to be?", "response": "or not"}\n')
+    damaged.write_text("no JSON\n")
+    for chat in (chats, damaged):
+        config = load_config(None, {"data": {"corpus": "synthetic", "chat": str(chat), "gsm8k": "none"}})
+        check_inputs(config, ["tokenizer", "ingest", "conversations"])
 
 
 def test_the_passes_over_a_small_corpus_are_told_with_settings_that_mend_it(corpus: Path) -> None:
