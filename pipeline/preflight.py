@@ -12,19 +12,14 @@ from functools import partial
 from itertools import islice
 
 from corpus.left_out import UnusableError
-from corpus.sources import KINDS, ROW_KINDS, SYNTHETIC, local_files, read_unit, units
+from corpus.sources import KINDS, PLAIN, ROW_KINDS, SYNTHETIC, characters, local_files, read_unit, units
 from pipeline.config import Config, ConfigError
-from pipeline.scaling import characters_per_token
+from pipeline.scaling import MOST_PASSES, base_tokens, characters_per_token, most_tokens, small_batch
 from stages.config import NONE, DataConfig
 from tasks.core import Bundle
-from tasks.gsm8k import GSM8K
 from tasks.mixture import Part, conversations, spec_of
 from tasks.suite import chosen, suite
 
-PLAIN = (".txt", ".jsonl")
-COMPRESSED = 0.4  # bytes a character of compressed text, about
-MOST_PASSES = 4  # over a corpus teach about as much as new text: Muennighoff et al., arXiv 2305.16264
-LEAST_STEPS = 100
 LONG_MID = 5  # times the tokens of base
 FIRST_FILES, FIRST_RECORDS = 100, 1_000  # of a corpus, and of a set of conversations
 DAMAGED = ("not_json", "invalid_utf8", "too_long")  # such records say nothing of the form of the others
@@ -94,7 +89,11 @@ def _look_at_part(part: Part) -> None:
     """Raises the first fault where of the first records none is of the part's format. What is damaged, and single
     records of another form, are told by the stage, which goes on with the others."""
     spec = part.source if part.format == "spelling" else spec_of(part)
-    if spec is None or "://" in spec or (part.format != "spelling" and local_files(spec, part.split, ROW_KINDS) is None):
+    if (
+        spec is None
+        or "://" in spec
+        or (part.format != "spelling" and local_files(spec, part.split, ROW_KINDS) is None)
+    ):
         return
     faults = []
     for found in islice(conversations(part, seed=0), FIRST_RECORDS):
@@ -106,34 +105,28 @@ def _look_at_part(part: Part) -> None:
         raise faults[0]
 
 
-def characters(spec: str, split: str = "train", kinds: tuple[str, ...] = KINDS) -> float | None:
-    """About how many a place on this machine holds; None for another place, or where nothing is by now."""
-    try:
-        files = local_files(spec, split, kinds)
-    except (ValueError, OSError):  # a stage that is done needs its input no more
-        files = None
-    if files is None:
-        return None
-    return sum(os.path.getsize(f) / (1 if f.lower().endswith(PLAIN) else COMPRESSED) for f in files)
-
-
 def proportions(config: Config, stages: Collection[str], tokens: int | None = None) -> Iterator[str]:
     """What is out of proportion: base's `tokens`, by default those of its steps, beside the corpus; mid's beside
     base's."""
     base = config.base
     tokens = tokens or (base.steps * base.total_batch_size if base.steps and base.total_batch_size else None)
     per_token = characters_per_token(config.tokenizer.source)
-    if "base" in stages and tokens and (held := characters(config.data.corpus)):
-        there = held / per_token
-        if tokens > 2 * MOST_PASSES * there:  # as the characters of a token are not known
-            sensible = round(MOST_PASSES * there)
-            length, workers = config.model.sequence_len, config.workers[1]
-            rows = max(1, sensible // (LEAST_STEPS * length * workers))  # of each worker
-            batch = (1 << rows.bit_length() - 1) * length * workers
+    if "base" in stages and tokens and (held := config.data.characters or characters(config.data.corpus)):
+        source = config.tokenizer.source
+        there, sensible = held / per_token, most_tokens(held, source)
+        passes = f"about {tokens / there:,.0f} passes over your corpus of about {there:,.0f} tokens"
+        told = f"base reads {tokens:,} tokens, {passes}"
+        usual = base_tokens(config.model.spec().parameters, base.target_ratio)
+        if tokens > 2 * sensible:  # as the characters of a token are not known
+            batch = small_batch(sensible, config.model.sequence_len, config.workers[1])
             yield (
-                f"base reads {tokens:,} tokens, about {tokens / there:,.0f} passes over your corpus of about "
-                f"{there:,.0f} tokens; more than {MOST_PASSES} teach little: give more text, or "
+                f"{told}; more than {MOST_PASSES} teach little: give more text, or "
                 f"--set base.tokens={sensible} --set base.total_batch_size={batch}"
+            )
+        elif config.data.characters is not None and sensible < usual:
+            yield (
+                f"{told}, and not {base.target_ratio:g} a parameter ({usual:,}), as more passes teach little: give "
+                "more text, or --set base.tokens=N for another number"
             )
     if "mid" in stages and tokens and config.mid.steps is None:
         sizes = [_part_tokens(part, per_token) for part in config.data.mid.values()]

@@ -33,6 +33,7 @@ from pipeline.config import (
     load_config,
     measures_text,
     select,
+    size_before,
     stage_names,
 )
 from pipeline.dag import TRAINING, Planned, StageError, plan, reusable, reuse, submit
@@ -64,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(levelname)s %(message)s")
     config = config_from_args(args)
     store, console = RunStore(config.storage, config.name), Console()
-    config = as_found(config, store.recorded)
+    before = store.recorded()
+    if before is not None and (size := size_before(config, before)) not in (None, config.data.characters):
+        config = config_from_args(args, size)  # base is planned once
+    config = as_found(config, lambda: before)
     say(console, f"run {config.name} in {store.storage.uri}")
     names = stage_names(config)
     selected = select(names, args.only, args.first, args.until, args.force)

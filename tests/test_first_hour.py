@@ -53,6 +53,10 @@ ANSWERED: dict[str, tuple[int, str]] = {
     "data inspect plays": (1, r"no run 'plays': .*see --storage"),
     "run --depth 2 --corpus plays.txt --chat none --gsm8k none --dry-run": (
         0,
+        r"base +fresh +run(.|\n)*about 4 passes over your corpus .*--set base\.tokens=N",
+    ),
+    "run --depth 2 --corpus plays.txt --chat none --gsm8k none --dry-run --set base.target_ratio=20": (
+        0,
         r"base +fresh +run(.|\n)*about [\d,]+ passes over your corpus .*--set base\.tokens=\d+",
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,8 @@ import pytest
 from runs import fathom, one_clear_message
 
 from pipeline import cli
-from pipeline.config import load_config
+from pipeline.artifacts import RunStore
+from pipeline.config import identity_of, load_config, size_before
 from pipeline.preflight import check_inputs, proportions
 
 PRETRAINING = ("tokenizer", "ingest", "base", "evaluate_base")
@@ -37,9 +39,15 @@ def corpus(tmp_path: Path) -> Path:
             ["--chat", "none", "--gsm8k", "none", "--set", "data.mid.own.source={}/own.jsonl", "--until", "mid"],
             r"data\.mid\.own\.source: .*/own\.jsonl matches no file",
         ),
-        (["--corpus", "{}/books.jsonl"], r"--corpus: .*no string column `text`; its columns are body .*data\.text_column"),
+        (
+            ["--corpus", "{}/books.jsonl"],
+            r"--corpus: .*no string column `text`; its columns are body .*data\.text_column",
+        ),
         (["--corpus", "{}/book.parquet", "--set", "data.text_column=bod"], r"--corpus: .*no string column `bod`; its"),
-        (["--chat", "{}/books.jsonl", "--gsm8k", "none"], r"--chat: .*books\.jsonl, record 1: not a conversation: .*body"),
+        (
+            ["--chat", "{}/books.jsonl", "--gsm8k", "none"],
+            r"--chat: .*books\.jsonl, record 1: not a conversation: .*body",
+        ),
         (["--chat", "none", "--gsm8k", "{}/books.jsonl"], r"--gsm8k: .*books\.jsonl, row 1: it has body .*`question`"),
     ],
 )
@@ -79,7 +87,7 @@ def test_single_records_of_another_form_and_damage_are_left_to_the_stage(tmp_pat
 
 def test_the_passes_over_a_small_corpus_are_told_with_settings_that_mend_it(corpus: Path) -> None:
     data = {"corpus": str(corpus), "chat": "none", "gsm8k": "none"}
-    config = load_config(None, {"model": {"depth": 2}, "data": data})
+    config = load_config(None, {"model": {"depth": 2}, "data": data}, ["base.target_ratio=20"])
     (line,) = proportions(config, PRETRAINING)
     tokens, passes, there = (int(n.replace(",", "")) for n in re.findall(r"[\d,]+(?= tokens| passes)", line)[:3])
     assert config.base.steps and config.base.total_batch_size
@@ -91,6 +99,42 @@ def test_the_passes_over_a_small_corpus_are_told_with_settings_that_mend_it(corp
     assert not list(proportions(mended, PRETRAINING))
     assert mended.base.steps and 50 <= mended.base.steps <= 400
     assert not list(proportions(config, ["ingest"])) and not list(proportions(config, PRETRAINING, tokens=1_000_000))
+
+
+def test_unless_told_base_reads_a_small_corpus_a_few_times_in_steps_enough(corpus: Path, tmp_path: Path) -> None:
+    data = {"corpus": str(corpus), "chat": "none", "gsm8k": "none"}
+    config = load_config(None, {"model": {"depth": 2}, "data": data})
+    assert config.base.steps and config.base.total_batch_size and 100 <= config.base.steps <= 200
+    assert 3.5 < config.base.steps * config.base.total_batch_size * 4.8 / corpus.stat().st_size < 4.1
+    (line,) = proportions(config, PRETRAINING)
+    assert re.search(r"about 4 passes over your corpus.* and not 20 a parameter \([\d,]+\).*--set base\.tokens=N", line)
+    for told in ("base.target_ratio=20", "base.tokens=40000000", "base.steps=80"):
+        asked = load_config(None, {"model": {"depth": 2}, "data": data}, [told])
+        assert asked.base.total_batch_size == 524_288 and asked.base.steps and asked.base.steps > 50
+    assert load_config(None, {"model": {"depth": 2}, "data": data}, ["base.total_batch_size=16384"]).base.steps == 55
+
+
+def test_base_is_planned_once_though_the_corpus_grows_or_is_gone(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    shutil.move(corpus, folder)
+    flags = {"model": {"depth": 2}, "data": {"corpus": str(folder), "chat": "none", "gsm8k": "none"}}
+    first = load_config(None, flags | {"storage": str(tmp_path / "runs"), "name": "r"})
+    RunStore(str(tmp_path / "runs"), "r").record(first)
+    (folder / "more.txt").write_text("O Romeo, Romeo, wherefore art thou Romeo?\n\n" * 25_000)
+    arguments = ["--depth", "2", "--corpus", str(folder), "--chat", "none", "--gsm8k", "none", "--name", "r"]
+    command = ["run", *arguments, "--storage", str(tmp_path / "runs"), "--dry-run"]
+    assert cli.main(command) == 0
+    assert f"{first.base.steps} of 8,192 tokens" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    gone = load_config(None, flags)
+    assert identity_of("base", gone) != identity_of("base", first)
+    again = load_config(None, flags, characters=size_before(gone, first))
+    assert identity_of("base", again) == identity_of("base", first)
+    another = load_config(None, {"data": {"corpus": str(tmp_path)}})
+    assert size_before(another, first) is None
 
 
 def test_a_mid_that_dwarfs_base_is_told(tmp_path: Path, corpus: Path) -> None:
