@@ -130,7 +130,7 @@ def select(
     stop = names.index(last) + 1 if last else len(names)
     if start >= stop:
         raise ConfigError(f"--from {first} comes after --until {last}: nothing is left to run")
-    if only and only not in names[start:stop]:
+    if only and (first or last):
         others = " and ".join(f"{flag} {stage}" for flag, stage in (("--from", first), ("--until", last)) if stage)
         raise ConfigError(f"--only {only} contradicts {others}: give --only alone, or the others without it")
     selected = [only] if only else list(names[start:stop])
@@ -523,15 +523,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         wrong = message.removeprefix("unrecognized arguments: ")
         if wrong != message:
-            message = f"there is no {wrong.split()[0]}{_in_place_of(wrong.split()[0])}"
+            message = (
+                f"there is no {wrong.split()[0]}{_in_place_of(wrong.split()[0], list(self._option_string_actions))}"
+            )
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` shows what there is\n")
 
 
-def _in_place_of(argument: str) -> str:
-    """What may have been meant by an argument that there is not: a preset, or keys for --set."""
+def _in_place_of(argument: str, flags: Sequence[str]) -> str:
+    """What may have been meant by an argument that there is not: a preset, one of `flags`, or keys for --set."""
     if argument in preset_names():
         return f": a preset is given as --preset {argument}"
-    name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+    flag = argument.partition("=")[0]
+    if argument.startswith("--") and (near := difflib.get_close_matches(flag, flags, n=1, cutoff=0.8)):
+        return f": did you mean {near[0]}?"
+    name = flag.removeprefix("--").replace("-", "_")
     keys = [key for key in dotted_keys() if name in key.rpartition(".")[2]]
     keys = keys or difflib.get_close_matches(name, dotted_keys(), n=4)
     return f": settings are given as --set KEY=VALUE; the nearest are {', '.join(keys[:4])}" if keys else ""

@@ -46,6 +46,12 @@ ANSWERED: dict[str, tuple[int, str]] = {
     "run --depth 2 --corpus plays.txt --epochs 3": (2, r"no --epochs: .*--set KEY=VALUE.* mid\.epochs, sft\.epochs"),
     "run --depth 2 --corpus plays.txt --lr=0.1": (2, r"no --lr=0\.1: .*--set KEY=VALUE.* base\.matrix_lr"),
     "plan --depth 2 --batch-size 32": (2, r"no --batch-size: .*--set KEY=VALUE.* base\.total_batch_size"),
+    "run --depht 2": (2, r"no --depht: did you mean --depth\?"),
+    "plan --depth 2 --curpus=plays.txt": (2, r"no --curpus=plays\.txt: did you mean --corpus\?"),
+    "run --depth 2 --corpus plays.txt --only base --until sft": (
+        1,
+        r"--only base contradicts --until sft: give --only",
+    ),
     "run --depth two": (2, r"argument --depth: invalid int value: 'two'"),
     "run --depth 2 --corpus note.txt": (1, r"--corpus: .*note\.txt holds 21 bytes, .*--set model\.sequence_len"),
     "run --depth 2 --corpus plays.txt --chat chat.json": (1, r"--chat: .*chat\.json is of no kind .*\.jsonl"),
