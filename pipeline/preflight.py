@@ -14,7 +14,16 @@ from itertools import islice
 from corpus.left_out import UnusableError
 from corpus.sources import KINDS, PLAIN, ROW_KINDS, SYNTHETIC, characters, local_files, read_unit, units
 from pipeline.config import Config, ConfigError
-from pipeline.scaling import MOST_PASSES, base_tokens, characters_per_token, most_tokens, small_batch
+from pipeline.scaling import (
+    CHARACTERS_PER_TOKEN,
+    MOST_PASSES,
+    RECORD_TOKENS,
+    base_tokens,
+    characters_per_token,
+    most_tokens,
+    records,
+    small_batch,
+)
 from stages.config import NONE, DataConfig
 from tasks.core import Bundle
 from tasks.mixture import Part, conversations, spec_of
@@ -132,16 +141,19 @@ def proportions(config: Config, stages: Collection[str], tokens: int | None = No
         sizes = [_part_tokens(part, per_token) for part in config.data.mid.values()]
         of_mid = config.mid.epochs * sum(size for size in sizes if size is not None)
         if of_mid > LONG_MID * tokens:
-            steps = max(1, tokens // (config.mid.total_batch_size or 1))
+            batch = min(config.mid.total_batch_size or 1, base.total_batch_size or 1)
+            smaller = f" --set mid.total_batch_size={batch}" if batch != config.mid.total_batch_size else ""
             yield (
-                f"mid reads about {of_mid:,.0f} tokens, {of_mid / tokens:,.0f} times as many as base: take fewer rows "
-                f"of a part, one of its sets of conversations (data.mid.NAME.rows), or --set mid.steps={steps} for as "
-                "many as base"
+                f"mid reads about {of_mid:,.0f} tokens, about {of_mid / tokens:,.0f} times as many as base: take fewer "
+                "rows of a part, one of its sets of conversations (data.mid.NAME.rows), or "
+                f"--set mid.steps={max(1, tokens // batch)}{smaller} for as many as base"
             )
 
 
 def _part_tokens(part: Part, per_token: float) -> float | None:
-    """About how many tokens a part has; None where its size is not known, or it is not used whole."""
-    spec = spec_of(part)
-    held = None if spec is None or part.rows else characters(spec, part.split, ROW_KINDS)
-    return None if held is None else part.repeats * held / per_token
+    """About how many tokens a part gives, by its files or by its number of records; None where neither is known."""
+    spec, count = spec_of(part), records(part)
+    held = None if spec is None else characters(spec, part.split, ROW_KINDS)
+    by_size = None if held is None else part.repeats * held / per_token
+    by_count = None if count is None else count * RECORD_TOKENS[part.format] * CHARACTERS_PER_TOKEN / per_token
+    return min((n for n in (by_size, by_count) if n is not None), default=None)

@@ -8,14 +8,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from corpus.sources import CORPORA, shards_needed
+from corpus.sources import CORPORA, SYNTHETIC, shards_needed
 from stages.config import ModelConfig
+from tasks.mixture import SYNTHETIC_ROWS, Part
 
 CHARACTERS_PER_TOKEN = 4.8
 SPARE_SHARDS = 1.1  # shards of a named corpus, of those that hold as many tokens: some are duplicates or held out
 MOST_PASSES = 4  # over a corpus teach about as much as new text: Muennighoff et al., arXiv 2305.16264
 LEAST_STEPS = 100
 TOTAL_BATCH_SIZE = {"base": 524_288, "mid": 524_288, "sft": 32_768}  # tokens a step
+
+# Records of the sources of the usual mixtures, and tokens that one comes to. The second are estimates.
+RECORDS = {
+    ("hub:HuggingFaceTB/smol-smoltalk", "train"): 460_341,
+    ("hub:cais/mmlu:all", "auxiliary_train"): 99_842,
+    ("hub:allenai/ai2_arc:ARC-Easy", "train"): 2_251,
+    ("hub:allenai/ai2_arc:ARC-Challenge", "train"): 1_119,
+    ("hub:openai/gsm8k", "train"): 7_473,
+}
+RECORD_TOKENS = {"chat": 1_000, "gsm8k": 170, "choices": 110, "spelling": 60}
 
 
 class DivisionError(ValueError):
@@ -47,6 +58,13 @@ def small_batch(tokens: int, sequence_len: int, workers: int) -> int:
     """Tokens a step, so that `tokens` are at least LEAST_STEPS steps; a power of two of rows for each worker."""
     rows = max(1, tokens // (LEAST_STEPS * sequence_len * workers))
     return (1 << rows.bit_length() - 1) * sequence_len * workers
+
+
+def records(part: Part) -> int | None:
+    """Conversations that a part of a mixture gives; None where that is not known beforehand."""
+    there = SYNTHETIC_ROWS if part.source == SYNTHETIC else RECORDS.get((part.source, part.split))
+    one = min(n for n in (there, part.rows) if n is not None) if there or part.rows else None
+    return None if one is None else part.repeats * one
 
 
 def rows_per_rank(total_batch_size: int, sequence_len: int, world: int, stage: str = "") -> int:
