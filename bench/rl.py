@@ -143,7 +143,7 @@ def measure(
     directory: Path, model: LanguageModel, prompts: list[list[int]], args: argparse.Namespace
 ) -> dict[str, float]:
     """Medians over the repeats, after one run of each kind to warm up. A tool's results count among the tokens, as they
-    do in `tokens_per_second` of the RL stage."""
+    do in `completion_tokens_per_second` of the RL stage."""
     pool_of = partial(RolloutPool, partial(Path, directory), resources(), 1)
     state = engine_state(model.spec, dict(model.named_parameters()))
     rates: dict[str, list[float]] = {"bare": [], "rollout": [], "calls": [], "torch": []}

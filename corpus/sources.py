@@ -39,6 +39,8 @@ MAX_LINE = 128 << 20  # bytes of JSONL; a longer line is rejected, because it mu
 MAX_CONTROL = 0.1  # a text with a larger share of control characters is binary
 BATCH_BYTES = 8 << 20  # about as much of a Parquet file is in memory as Python objects
 READ_BYTES = 4 << 20
+PLAIN = (".txt", ".jsonl")
+COMPRESSED = 0.4  # bytes a character of compressed text, about
 TEXT_CHARS = 4_000  # of the paragraphs of a text file that make a document together: about a thousand tokens
 
 _KINDS = {"parquet": (".parquet",), "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "txt": (".txt",)}
@@ -240,6 +242,20 @@ def local_files(spec: str, split: str = "train", kinds: Sequence[str] = KINDS) -
     Raises FileNotFoundError when nothing matches, ValueError for a file of another kind.
     """
     return None if _is_named(spec) or "://" in spec else _files(spec, split, kinds)
+
+
+def characters(
+    spec: str, split: str = "train", kinds: Sequence[str] = KINDS, shards: int | None = None
+) -> float | None:
+    """About how many a place on this machine holds, in its first `shards` files; None for another place, or where
+    nothing is by now."""
+    try:
+        files = local_files(spec, split, kinds)
+    except (ValueError, OSError):  # a stage that is done needs its input no more
+        files = None
+    if files is None:
+        return None
+    return sum(os.path.getsize(f) / (1 if f.lower().endswith(PLAIN) else COMPRESSED) for f in files[:shards])
 
 
 def _is_named(spec: str) -> bool:

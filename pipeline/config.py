@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from cluster.storage import EMPTY, Storage
 from corpus.sources import CORPORA, SYNTHETIC
+from corpus.sources import characters as measured
 from models.spec import Family
 from pipeline import scaling
 from stages.config import (
@@ -129,7 +130,7 @@ def select(
     stop = names.index(last) + 1 if last else len(names)
     if start >= stop:
         raise ConfigError(f"--from {first} comes after --until {last}: nothing is left to run")
-    if only and only not in names[start:stop]:
+    if only and (first or last):
         others = " and ".join(f"{flag} {stage}" for flag, stage in (("--from", first), ("--until", last)) if stage)
         raise ConfigError(f"--only {only} contradicts {others}: give --only alone, or the others without it")
     selected = [only] if only else list(names[start:stop])
@@ -205,10 +206,13 @@ def dotted_keys(model: type[BaseModel] = Config, where: str = "") -> list[str]:
 
 
 def load_config(
-    preset: str | None = None, flags: dict[str, Any] | None = None, sets: list[str] | None = None
+    preset: str | None = None,
+    flags: dict[str, Any] | None = None,
+    sets: list[str] | None = None,
+    characters: int | None = None,
 ) -> Config:
     """Build the tree; `preset` is a name or a file, `flags` is nested by section, `sets` holds "a.b=value" with TOML
-    values or plain strings.
+    values or plain strings. `characters` of the corpus are measured where they are not given, see `size_before`.
 
     Raises ConfigError, one line a fault.
     """
@@ -231,6 +235,10 @@ def load_config(
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
     values = _merge(values, _with_vocabulary(values, checked))
     values = _merge(values, {"data": {"digests": _digests(checked.data)}})
+    of_corpus: dict[str, Any] = {}
+    if not {*BUDGETS, "target_ratio"} & values.get("base", {}).keys():
+        held = characters or measured(checked.data.corpus, shards=checked.data.shards)
+        of_corpus = {"data": {"characters": held and round(held)}}
     if checked.with_rl and not (checked.data.mid or checked.data.sft):
         raise ConfigError("--with-rl goes on from SFT, which has no conversations: give --chat, --gsm8k or data.sft")
     if checked.with_rl and not has_problems(checked):
@@ -239,7 +247,7 @@ def load_config(
             "or --set rl.environment=FILE.py"
         )
     try:
-        config = _validate(_merge(scaling.derive(checked.model_dump(), values), values))
+        config = _validate(_merge(scaling.derive(_merge(checked.model_dump(), of_corpus), values), values))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.base.core_every and config.evaluate.data is None:
@@ -369,6 +377,15 @@ def as_found(config: Config, recorded: Callable[[], Config | None]) -> Config:
         return config
     kept = {place: digest for place, digest in before.data.digests.items() if place in gone}
     return config.model_copy(update={"data": config.data.model_copy(update={"digests": config.data.digests | kept})})
+
+
+def size_before(config: Config, before: Config) -> int | None:
+    """What an earlier attempt measured of the corpus and planned base by; None where that is another by what is known
+    of it."""
+    place = config.data.corpus
+    known = config.data.digests.get(place)
+    same = before.data.corpus == place and known in (None, before.data.digests.get(place))
+    return before.data.characters if same else None
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
@@ -506,15 +523,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         wrong = message.removeprefix("unrecognized arguments: ")
         if wrong != message:
-            message = f"there is no {wrong.split()[0]}{_in_place_of(wrong.split()[0])}"
+            message = (
+                f"there is no {wrong.split()[0]}{_in_place_of(wrong.split()[0], list(self._option_string_actions))}"
+            )
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` shows what there is\n")
 
 
-def _in_place_of(argument: str) -> str:
-    """What may have been meant by an argument that there is not: a preset, or keys for --set."""
+def _in_place_of(argument: str, flags: Sequence[str]) -> str:
+    """What may have been meant by an argument that there is not: a preset, one of `flags`, or keys for --set."""
     if argument in preset_names():
         return f": a preset is given as --preset {argument}"
-    name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+    flag = argument.partition("=")[0]
+    if argument.startswith("--") and (near := difflib.get_close_matches(flag, flags, n=1, cutoff=0.8)):
+        return f": did you mean {near[0]}?"
+    name = flag.removeprefix("--").replace("-", "_")
     keys = [key for key in dotted_keys() if name in key.rpartition(".")[2]]
     keys = keys or difflib.get_close_matches(name, dotted_keys(), n=4)
     return f": settings are given as --set KEY=VALUE; the nearest are {', '.join(keys[:4])}" if keys else ""
@@ -582,8 +604,8 @@ def add_stage_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="STAGE", help="run just this stage")
 
 
-def config_from_args(args: argparse.Namespace) -> Config:
-    """The tree of a parsed command line; raises ConfigError."""
+def config_from_args(args: argparse.Namespace, characters: int | None = None) -> Config:
+    """The tree of a parsed command line, as of `load_config`; raises ConfigError."""
     paths = {flag: (flag,) for flag in ("name", "storage", "workers", "with_rl")}
     sections = {flag: ("data", flag) for flag in ("corpus", "shards", "chat", "gsm8k")} | {
         "tokenizer": ("tokenizer", "source"),
@@ -599,4 +621,4 @@ def config_from_args(args: argparse.Namespace) -> Config:
             for part in reversed(path):
                 value = {part: value}
             flags = _merge(flags, value)
-    return load_config(args.preset, flags, args.set)
+    return load_config(args.preset, flags, args.set, characters)

@@ -19,9 +19,11 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from rich.console import Console
 
 from cluster.storage import Storage, StorageError
 from pipeline.config import add_storage_flag
+from pipeline.terminal import say
 
 GIB = 1 << 30
 VLLM_ENV = {
@@ -50,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_storage_flag(parser)
     parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
     arguments = parser.parse_args(argv)
-    checks = []
+    checks, console = [], Console()
     for check in examine(arguments.storage):
         checks.append(check)
         if not arguments.json:
             advice = f"\n{'':24}-> {check.advice}" if check.advice else ""
-            print(f"{check.state:<6}{check.name:<18}{check.found}{advice}", flush=True)
+            say(console, f"{check.state:<6}{check.name:<18}{check.found}{advice}")
     if arguments.json:
         print(json.dumps([asdict(check) for check in checks], indent=1))
     return int(any(check.state == "fail" for check in checks))

@@ -38,7 +38,15 @@ from pipeline.config import (
 )
 from pipeline.memory import GB, Layout, Memory, memory, memory_with_engine
 from pipeline.preflight import check_inputs, proportions
-from pipeline.scaling import characters_per_token, grad_accum_steps, rows_per_rank, spare_shards
+from pipeline.scaling import (
+    RECORD_TOKENS,
+    RECORDS,
+    characters_per_token,
+    grad_accum_steps,
+    records,
+    rows_per_rank,
+    spare_shards,
+)
 from pipeline.terminal import say
 from pipeline.timing import (
     PROMPT_TOKENS,
@@ -54,7 +62,7 @@ from pipeline.timing import (
     training_seconds,
 )
 from stages.config import BaseConfig, RLConfig, TuneConfig, base_hours
-from tasks.mixture import SYNTHETIC_ROWS, Part
+from tasks.mixture import Part
 
 CHECKPOINTING = ("none", "selective", "full")  # the cheapest first
 CHOSEN = ("device_batch_size", "parallel", "checkpointing")  # of base, where neither user nor preset settles them
@@ -67,15 +75,6 @@ LAWS = {
     "hoffmann": (1.69, 406.4, 0.34, 410.7, 0.28),  # arXiv 2203.15556, approach 3
     "besiroglu": (1.8172, 482.01, 0.3478, 2085.43, 0.3658),  # arXiv 2404.10102, the same data fitted again
 }
-# Records of the sources of the usual mixtures, and tokens that one comes to. The second are estimates.
-RECORDS = {
-    ("hub:HuggingFaceTB/smol-smoltalk", "train"): 460_341,
-    ("hub:cais/mmlu:all", "auxiliary_train"): 99_842,
-    ("hub:allenai/ai2_arc:ARC-Easy", "train"): 2_251,
-    ("hub:allenai/ai2_arc:ARC-Challenge", "train"): 1_119,
-    ("hub:openai/gsm8k", "train"): 7_473,
-}
-RECORD_TOKENS = {"chat": 1_000, "gsm8k": 170, "choices": 110, "spelling": 60}
 
 
 def expected_loss(parameters: float, tokens: float, law: str = "hoffmann") -> float:
@@ -457,15 +456,9 @@ def _hours(
 def _tuning_tokens(train: TuneConfig, parts: dict[str, Part]) -> float | None:
     if train.steps is not None and train.total_batch_size is not None:
         return train.steps * train.total_batch_size
-    counts = [_records(part) for part in parts.values()]
+    counts = [records(part) for part in parts.values()]
     known = [n * RECORD_TOKENS[p.format] for n, p in zip(counts, parts.values(), strict=True) if n is not None]
     return train.epochs * sum(known) if len(known) == len(counts) else None
-
-
-def _records(part: Part) -> int | None:
-    there = SYNTHETIC_ROWS if part.source == "synthetic" else RECORDS.get((part.source, part.split))
-    one = min(n for n in (there, part.rows) if n is not None) if there or part.rows else None
-    return None if one is None else part.repeats * one
 
 
 def _rl_time(
@@ -478,7 +471,7 @@ def _rl_time(
     **changed: int,
 ) -> RLTime | None:
     rl, part = config.rl, config.data.sft.get("gsm8k")
-    prompts = (_records(part) if part else None) or RECORDS["hub:openai/gsm8k", "train"]
+    prompts = (records(part) if part else None) or RECORDS["hub:openai/gsm8k", "train"]
     values = {name: getattr(rl, name) for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens")}
     values |= {"eval_every": rl.eval_every, "eval_samples": rl.eval_problems * rl.eval_samples}
     steps = rl.steps or max(1, prompts // rl.prompts_per_step)

@@ -32,6 +32,7 @@ from rich.table import Table
 
 from pipeline.config import Config, ConfigError, Parser, add_config_flags, config_from_args
 from pipeline.scaling import grad_accum_steps
+from pipeline.terminal import say, show
 from pipeline.tracking import duration
 from stages.config import TrainConfig
 
@@ -295,8 +296,6 @@ class View:
 
     def __init__(self, probe: Probe, swept: set[str], console: Console) -> None:
         self.probe, self.console = probe, console
-        if not console.is_terminal:
-            console.width = max(console.width, 160)  # a log has no width of its own
         fields = ("device_batch_size", *self.COLUMNS[1:])
         self.fields = {f: c for f, c in zip(fields, self.COLUMNS, strict=True) if f == fields[0] or f in swept}
         self.live = Live(self.table(), console=console, refresh_per_second=2)
@@ -312,17 +311,20 @@ class View:
         if self.console.is_terminal:
             self.live.stop()
         else:
-            self.console.print(self.table())
+            show(self.console, self.table(), map(self.line, self.probe.rows))
 
     def show(self, row: Row) -> None:
         if self.console.is_terminal:
             self.live.update(self.table())
         else:
-            cells = [f"{name} {cell}" for name, cell in zip(self.names(), self.cells(row), strict=False) if cell]
-            self.say("  ".join([*cells, row.reason or ""]).rstrip())
+            self.say(self.line(row))
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
+
+    def line(self, row: Row) -> str:
+        cells = [f"{name} {cell}" for name, cell in zip(self.names(), self.cells(row), strict=False) if cell]
+        return "  ".join([*cells, row.reason or ""]).rstrip()
 
     def names(self) -> list[str]:
         return [*self.fields.values(), "tokens/s", "step ms", "MFU", "of matmul", "GB", "base"]

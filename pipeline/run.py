@@ -33,6 +33,7 @@ from pipeline.config import (
     load_config,
     measures_text,
     select,
+    size_before,
     stage_names,
 )
 from pipeline.dag import TRAINING, Planned, StageError, plan, reusable, reuse, submit
@@ -64,14 +65,17 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(levelname)s %(message)s")
     config = config_from_args(args)
     store, console = RunStore(config.storage, config.name), Console()
-    config = as_found(config, store.recorded)
+    before = store.recorded()
+    if before is not None and (size := size_before(config, before)) not in (None, config.data.characters):
+        config = config_from_args(args, size)  # base is planned once
+    config = as_found(config, lambda: before)
     say(console, f"run {config.name} in {store.storage.uri}")
     names = stage_names(config)
     selected = select(names, args.only, args.first, args.until, args.force)
     check_mixtures(config, selected)
     other = RunStore(config.storage, args.reuse_from) if args.reuse_from else None
+    reused = reusable(store, other, config, names) if other else {}
     if args.dry_run:
-        reused = reusable(store, other, config, names) if other else {}
         planned = plan(store, config, names, selected, args.force, reused)
         plan_table(planned, console, args.reuse_from)
         to_do = [item.state.name for item in planned if item.action not in ("", "skip", "reuse")]
@@ -79,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
             check_inputs(config, to_do)
             say(console, "\n" + outlook(config, to_do))
         return 0
+    if not store.storage.exists():  # a first attempt whose input cannot serve leaves nothing behind
+        check_here(config, [name for name in selected if name not in reused])
     store.storage.check_writable()
     with store.claim() as claim:
         for name in store.settle():  # an attempt that was killed before it made anything
@@ -117,8 +123,7 @@ def execute(
         store.record(config)
         return None
     check_space(store, config, to_do)
-    if not os.environ.get("RAY_ADDRESS"):  # else files may be where the cluster is, and not here
-        check_inputs(config, to_do)
+    if check_here(config, to_do):
         for line in proportions(config, to_do):
             say(console, f"! {line}")
     dashboard = connect(debug)
@@ -167,6 +172,15 @@ def execute(
                 )
             return failure
     return None
+
+
+def check_here(config: Config, stages: Sequence[str]) -> bool:
+    """Whether inputs are on this machine and not on some cluster's; raises ConfigError for one of these stages' that
+    cannot serve."""
+    here = not os.environ.get("RAY_ADDRESS")
+    if here:
+        check_inputs(config, stages)
+    return here
 
 
 def note_end(store: RunStore, name: str, reference: Any) -> None:

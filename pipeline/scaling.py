@@ -8,12 +8,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from corpus.sources import CORPORA, shards_needed
+from corpus.sources import CORPORA, SYNTHETIC, shards_needed
 from stages.config import ModelConfig
+from tasks.mixture import SYNTHETIC_ROWS, Part
 
 CHARACTERS_PER_TOKEN = 4.8
 SPARE_SHARDS = 1.1  # shards of a named corpus, of those that hold as many tokens: some are duplicates or held out
+MOST_PASSES = 4  # over a corpus teach about as much as new text: Muennighoff et al., arXiv 2305.16264
+LEAST_STEPS = 100
 TOTAL_BATCH_SIZE = {"base": 524_288, "mid": 524_288, "sft": 32_768}  # tokens a step
+
+# Records of the sources of the usual mixtures, and tokens that one comes to. The second are estimates.
+RECORDS = {
+    ("hub:HuggingFaceTB/smol-smoltalk", "train"): 460_341,
+    ("hub:cais/mmlu:all", "auxiliary_train"): 99_842,
+    ("hub:allenai/ai2_arc:ARC-Easy", "train"): 2_251,
+    ("hub:allenai/ai2_arc:ARC-Challenge", "train"): 1_119,
+    ("hub:openai/gsm8k", "train"): 7_473,
+}
+RECORD_TOKENS = {"chat": 1_000, "gsm8k": 170, "choices": 110, "spelling": 60}
 
 
 class DivisionError(ValueError):
@@ -34,6 +47,24 @@ def spare_shards(corpus: str, tokens: int, tokenizer: str) -> int:
 def base_tokens(parameters: int, target_ratio: float) -> int:
     """Tokens to pretrain on, before whole steps are taken of them."""
     return int(target_ratio * parameters)
+
+
+def most_tokens(characters: float, tokenizer: str) -> int:
+    """About how many tokens MOST_PASSES over so many characters of text are."""
+    return max(1, round(MOST_PASSES * characters / characters_per_token(tokenizer)))
+
+
+def small_batch(tokens: int, sequence_len: int, workers: int) -> int:
+    """Tokens a step, so that `tokens` are at least LEAST_STEPS steps; a power of two of rows for each worker."""
+    rows = max(1, tokens // (LEAST_STEPS * sequence_len * workers))
+    return (1 << rows.bit_length() - 1) * sequence_len * workers
+
+
+def records(part: Part) -> int | None:
+    """Conversations that a part of a mixture gives; None where that is not known beforehand."""
+    there = SYNTHETIC_ROWS if part.source == SYNTHETIC else RECORDS.get((part.source, part.split))
+    one = min(n for n in (there, part.rows) if n is not None) if there or part.rows else None
+    return None if one is None else part.repeats * one
 
 
 def rows_per_rank(total_batch_size: int, sequence_len: int, world: int, stage: str = "") -> int:
@@ -69,6 +100,7 @@ def grad_accum_steps(
 def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Fill what the model's shape decides in a dumped configuration; `given` holds only what was set by hand.
 
+    Where nothing says how long base trains, and it is known how much text there is, it reads no more than MOST_PASSES.
     Raises DivisionError where batch, sequence length, workers and device batch do not divide. Between MIN and MAX
     workers rows need not divide: some have one row more.
     """
@@ -77,6 +109,15 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     fewest, most = config["workers"]
     length = shape.sequence_len
     filled = dict(config)
+    data = config["data"]
+    wanted = base_tokens(parameters, config["base"]["target_ratio"])
+    if (
+        data["characters"] is not None
+        and (most_read := most_tokens(data["characters"], config["tokenizer"]["source"])) < wanted
+    ):
+        wanted = most_read
+        batch = min(TOTAL_BATCH_SIZE["base"] // length * length, small_batch(wanted, length, most))
+        config = config | {"base": config["base"] | {"total_batch_size": config["base"]["total_batch_size"] or batch}}
     for stage, tokens in TOTAL_BATCH_SIZE.items():
         train = dict(config[stage])
         if train["total_batch_size"] is None:
@@ -94,9 +135,7 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         filled[stage] = train
     base = filled["base"]
     if base["steps"] is None and base["hours"] is None and base["budget_usd"] is None:
-        tokens = base["tokens"] or base_tokens(parameters, base["target_ratio"])
-        base["steps"] = max(1, tokens // base["total_batch_size"])
-    data = config["data"]
+        base["steps"] = max(1, (base["tokens"] or wanted) // base["total_batch_size"])
     if data["shards"] is None and data["corpus"] in CORPORA:
         target = base_tokens(parameters, base["target_ratio"])  # a guess where time decides
         tokens = base["steps"] * base["total_batch_size"] if base["steps"] is not None else target

@@ -24,7 +24,8 @@ from stages.context import Progress
 POLL_SECONDS = 1.0
 LINE_SECONDS = 10.0
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "drifted": "yellow", "resumable": "blue"}
-SHOWN = ("val_bpb", "core", "greedy", "pass", "reward", "val_pass", "kl_sft", "loss", "mfu", "tokens_per_second")
+SPEEDS = ("tokens_per_second", "completion_tokens_per_second")
+SHOWN = ("val_bpb", "core", "greedy", "pass", "reward", "val_pass", "kl_sft", "loss", "mfu", *SPEEDS)
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +46,7 @@ class Row:
             return ["", "", "", ""]
         step, steps, metrics = self.progress.step or 0, self.progress.steps, self.progress.metrics
         shown = next((f"{name} {metrics[name]:.4g}" for name in ("reward", "loss", "questions") if name in metrics), "")
-        speed = f"{metrics['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in metrics else ""
+        speed = next((f"{metrics[name]:,.0f} tok/s" for name in SPEEDS if name in metrics), "")
         seconds = self.progress.seconds_left
         left = f"{duration(seconds)} left" if seconds is not None else ""
         return [f"{step}/{steps}" if steps else str(step or ""), shown, speed, left]

@@ -90,6 +90,12 @@ class DataConfig(Section):
         json_schema_extra=FOUND,
     )
 
+    characters: int | None = Field(
+        None,
+        description="about how many the corpus has on this machine, where that and not the user limits how long base trains",
+        json_schema_extra=FOUND,
+    )
+
     def sources(self) -> list[Part]:
         """All that texts, conversations and problems are read from."""
         named = [Part(source=place) for place in (self.corpus, self.chat) if place]

@@ -25,7 +25,7 @@ class HeldOut:
         validating = min(shards, SHARDS)
         self._share = data.validation_share
         self._number = int(shard / self._share / validating) - 1
-        self._left = data.validation_chars / validating if shard < SHARDS else 0
+        self.most = self._left = data.validation_chars / validating if shard < SHARDS else 0.0  # characters
         self._largest = min(MAX_DOCUMENT // 2, MOST * total if total else MAX_DOCUMENT)
         self._last = False
 

@@ -29,7 +29,7 @@ from corpus.left_out import counted, reasons
 from corpus.packing import Document as Packed
 from corpus.packing import Packing, pack
 from corpus.rows import ROWS_FILE, write_index
-from corpus.sources import KINDS, MAX_DOCUMENT, Document, Unit, changed_text, read_unit, units
+from corpus.sources import KINDS, Document, Unit, changed_text, read_unit, units
 from corpus.tokenizers import Tokenizer, UnknownCharacterError
 from stages.config import DataConfig, IngestConfig
 from stages.context import PROGRESS, StageContext
@@ -39,6 +39,7 @@ from stages.growing import NOTES, PLAN, SPLITS, Note, Plan, index_of, note_path,
 from stages.held_out import MOST, HeldOut
 from tasks.mixture import Part
 
+LEAST = 0.01  # of a shard's tokens, below which what is held out is made up from its last documents
 GROUP = 256  # shards whose duplicates are looked for together
 FEW_SHARDS, SMALL_SHARD = 16, 4 << 20  # a corpus of fewer is cut into as many, none smaller: for all cores
 UNITS_IN_SHARD, UNIT_BYTES = 16, 1 << 20  # of a large file that is cut up: as many units, but none smaller
@@ -97,6 +98,11 @@ def run(context: StageContext, data: DataConfig, config: IngestConfig, sequence_
     if (share := stats["validation_share"]) > MOST:
         more = f"{share:.0%} of the corpus is held out for validation, which needs one row at least: give more text"
         stats["notes"] = [more]
+    elif share < min(LEAST, data.validation_chars / max(1, stats["characters"]) / 2):
+        less = (
+            f"only {share:.2%} of the corpus is held out for validation, as documents of half a million characters are "
+        )
+        stats["notes"] = [less + "not: cut them up, such as with data.text_documents=paragraphs"]
     check_unchanged(corpus, data.digests)
     made = context.manifest(sorted(entries, key=lambda e: e.path), figures, time.monotonic() - began, stats)
     manifest.write(context.storage, made)
@@ -241,7 +247,8 @@ def pack_shard(row: dict[str, Any], context: StageContext, data: DataConfig, pac
     lengths: Counter[int] = Counter()
     held_out: list[Packed] = []
     choice = held_out_of(shard, data)
-    wanted = max(row_len, int(data.validation_share * min(shard["total"] or 0, MAX_DOCUMENT) / CHARS_PER_TOKEN))
+    share = min(data.validation_share * (shard["total"] or 0), data.validation_chars)  # characters of the corpus
+    wanted = max(row_len, int(share / CHARS_PER_TOKEN))
 
     def training() -> Iterator[Packed]:
         """What is held out goes to the side as it comes by. From the first shard that is one row at least: else its
@@ -256,7 +263,11 @@ def pack_shard(row: dict[str, Any], context: StageContext, data: DataConfig, pac
                 yield waiting.popleft(), None
                 if not waiting:
                     break
-        missing = (row_len if held_out else wanted) - sum(len(ids) for ids, _ in held_out)
+        there = sum(len(ids) for ids, _ in held_out)
+        few = there < min(
+            LEAST * counts["tokens"], choice.most / CHARS_PER_TOKEN / 2
+        )  # the rest is too long to be taken
+        missing = (wanted if few else row_len) - there
         while waiting and missing > 0:
             ids = waiting.pop()
             if len(ids) > 2 * missing:

@@ -28,7 +28,7 @@ PANELS = (
     ("Tokens whose gradient is clipped", "share", r"clip_share"),
     ("Gradient norm", "before clipping", r"grad_norm"),
     ("Where a step's time goes", "seconds", r"\w+_ms"),
-    ("Throughput", "tokens a second", r"tokens_per_second"),
+    ("Throughput", "tokens a second", r"completion_tokens_per_second"),
 )
 HEADLINES = ("greedy", "val_greedy", "val_pass_at_1", "reward")  # what a page is headed with, the first there is
 CALL = re.compile(r"<\|python_start\|>(.*?)<\|python_end\|>(?:<\|output_start\|>(.*?)<\|output_end\|>)?", re.DOTALL)

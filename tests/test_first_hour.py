@@ -46,12 +46,22 @@ ANSWERED: dict[str, tuple[int, str]] = {
     "run --depth 2 --corpus plays.txt --epochs 3": (2, r"no --epochs: .*--set KEY=VALUE.* mid\.epochs, sft\.epochs"),
     "run --depth 2 --corpus plays.txt --lr=0.1": (2, r"no --lr=0\.1: .*--set KEY=VALUE.* base\.matrix_lr"),
     "plan --depth 2 --batch-size 32": (2, r"no --batch-size: .*--set KEY=VALUE.* base\.total_batch_size"),
+    "run --depht 2": (2, r"no --depht: did you mean --depth\?"),
+    "plan --depth 2 --curpus=plays.txt": (2, r"no --curpus=plays\.txt: did you mean --corpus\?"),
+    "run --depth 2 --corpus plays.txt --only base --until sft": (
+        1,
+        r"--only base contradicts --until sft: give --only",
+    ),
     "run --depth two": (2, r"argument --depth: invalid int value: 'two'"),
     "run --depth 2 --corpus note.txt": (1, r"--corpus: .*note\.txt holds 21 bytes, .*--set model\.sequence_len"),
     "run --depth 2 --corpus plays.txt --chat chat.json": (1, r"--chat: .*chat\.json is of no kind .*\.jsonl"),
     "run --depth 2 --corpus plays.txt --until rl": (1, r"--until rl: this run has no such stage; .*RL --with-rl"),
     "data inspect plays": (1, r"no run 'plays': .*see --storage"),
     "run --depth 2 --corpus plays.txt --chat none --gsm8k none --dry-run": (
+        0,
+        r"base +fresh +run(.|\n)*about 4 passes over your corpus .*--set base\.tokens=N",
+    ),
+    "run --depth 2 --corpus plays.txt --chat none --gsm8k none --dry-run --set base.target_ratio=20": (
         0,
         r"base +fresh +run(.|\n)*about [\d,]+ passes over your corpus .*--set base\.tokens=\d+",
     ),

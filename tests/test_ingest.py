@@ -630,6 +630,18 @@ def test_a_single_file_of_any_form_trains_and_holds_out_a_share(
         assert (0.01 if form == "a.txt" else 0.001) < stats["validation_share"] < 0.1
 
 
+@pytest.mark.parametrize("short", [0, 40])
+def test_of_a_few_very_long_documents_a_share_is_held_out_too(
+    tmp_path: Path, tokenizer: Storage, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    monkeypatch.setattr(ingest, "in_parallel", here)
+    long = [f"the quick brown fox {i} jumps over the lazy dog\n" * 16_000 for i in range(4)]
+    texts = long + [f"a fox {i}" for i in range(short)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    _, stats = ingested(tmp_path / "run", tokenizer, tmp_path / "long.jsonl", shard_bytes=1 << 20)
+    assert 0.01 < stats["validation_share"] < 0.1 and "notes" not in stats
+
+
 def test_a_text_file_compresses_as_its_paragraphs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own tokenizer included, which sees all of either."""
     monkeypatch.setattr(ingest, "in_parallel", here)

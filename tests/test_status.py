@@ -155,8 +155,14 @@ def test_the_greedy_share_stands_apart_from_those_of_samples() -> None:
     shares = {f"pass_at_{k}": 0.1 * k for k in (1, 2, 4, 8)}
     metrics = {"problems": 200, **shares, "maj_at_2": 0.1, "greedy": 0.52, "greedy_low": 0.4, "greedy_high": 0.6}
     assert key_metrics(metrics) == "greedy 0.52  pass_at_1 0.1  pass_at_2 0.2  pass_at_4 0.4"
-    metrics = {"reward": 0.5, "val_greedy": 0.1, "val_pass_at_1": 0.2, "kl_sft": 0.03, "tokens_per_second": 9.0}
-    assert key_metrics(metrics) == "reward 0.5  val_pass_at_1 0.2  kl_sft 0.03  tokens_per_second 9"
+    metrics = {
+        "reward": 0.5,
+        "val_greedy": 0.1,
+        "val_pass_at_1": 0.2,
+        "kl_sft": 0.03,
+        "completion_tokens_per_second": 9.0,
+    }
+    assert key_metrics(metrics) == "reward 0.5  val_pass_at_1 0.2  kl_sft 0.03  completion_tokens_per_second 9"
 
 
 VALUES = st.recursive(

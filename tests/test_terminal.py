@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from rich.table import Table
 
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
-from pipeline import cli, status
+from pipeline import cli, doctor, status
 from pipeline.artifacts import RunStore
 from pipeline.config import identity_of, load_config, stage_names
 from pipeline.data import show_stats
+from pipeline.probe import Machine, Probe, Row, Setting, View
 from pipeline.terminal import TOGETHER, fitted, show
 from pipeline.tokenizer import print_table
 from pipeline.tracking import LiveView
@@ -48,6 +50,27 @@ def test_a_line_is_broken_between_words_and_nowhere_else(text: str, head: str, w
 def test_what_belongs_together_is_not_parted_and_what_follows_stands_below() -> None:
     assert fitted(f"cost    base{TOGETHER}31.2, total{TOGETHER}31.4", 22) == "cost    base 31.2,\n        total 31.4"
     assert fitted("! give more text, or fewer steps", 20) == "! give more text, or\n  fewer steps"
+
+
+def test_what_doctor_and_probe_say_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(NARROW))
+    checks = [
+        doctor.check_port(1, "a run by itself does not need it, but a cluster of several machines does, see its log")
+    ]
+    checks.append(
+        replace(checks[0], state="warn", advice="name another one with --port, or end what has taken this one")
+    )
+    monkeypatch.setattr(doctor, "examine", lambda storage: iter(checks))
+    assert doctor.main(["--storage", str(tmp_path)]) == 0
+    probe = Probe(load_config("demo"), Machine("CPU", "cpu", 2, "2.13"), 1, 1.0, tmp_path)
+    probe.rows = [Row(Setting(8, False, "none", "auto", "zero1"), "out of memory: more than there is on this machine")]
+    with View(probe, {"compile"}, Console()) as view:
+        view.say("a machine of two cores, with a name that is so long that it never fits into one line")
+    shown = capsys.readouterr().out
+    assert "on this machine" in " ".join(shown.split()) and "name another one" in shown
+    assert all(len(line) <= NARROW for line in shown.splitlines()), shown
 
 
 @pytest.fixture

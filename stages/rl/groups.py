@@ -147,7 +147,7 @@ class Groups:
             "mixed_groups": mixed(rewards).double().mean().item(),
             **{f"reward_{name}": values.mean().item() for name, values in graded.items()},
             "prompts": len(rewards),
-            "tokens": int(lengths.sum()),
+            "completion_tokens_sum": int(lengths.sum()),
             "completion_tokens": lengths.mean().item(),
             "completion_tokens_max": int(lengths.max()),
             "finished": finished.mean().item(),

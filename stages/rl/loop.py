@@ -118,7 +118,7 @@ def reinforce(
         times = {f"{part}_ms": spent for part, spent in clock.spans().items()}
         times["step_ms"] = sum(times[f"{part}_ms"] for part in ("trainer_idle", "sync", "reward", "train"))
         times["sampler_idle_ms"] = max(0.0, times["step_ms"] - figures["rollout_ms"])
-        times["tokens_per_second"] = 1e3 * figures["tokens"] / times["step_ms"]
+        times["completion_tokens_per_second"] = 1e3 * figures["completion_tokens_sum"] / times["step_ms"]
         reporter.log(step, weight_version=step, actors_replaced=pool.replaced, **figures, **metrics, **times)
         progress.step += 1
     checkpoints.wait()

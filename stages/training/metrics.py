@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # the figures of a record that stand beside the stage, while it runs and when it is done: docs/metrics.md
 SUMMARY = (
     "loss", "val_bpb", "val_bpb_mid", "val_bpb_sft", "val_bpb_sft_whole", "reward", "val_greedy", "val_pass_at_1",
-    "kl_sft", "best_step", "tokens_per_second", "mfu",
+    "kl_sft", "best_step", "tokens_per_second", "completion_tokens_per_second", "mfu",
 )  # fmt: skip
 
 
