@@ -72,6 +72,8 @@ def sweep() -> None:
     given = os.environ.get("FATHOM_CACHE_GB", str(CACHE_GB))
     try:
         most = 1e9 * float(given)
+        if not most >= 0:  # NaN, too
+            raise ValueError
     except ValueError:
         raise StorageError(f"FATHOM_CACHE_GB={given!r} must be a number of gigabytes, such as 50") from None
     kept = []

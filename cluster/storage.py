@@ -16,6 +16,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -43,15 +44,20 @@ MANIFEST = "manifest.json"  # what makes a folder an artifact, see cluster.manif
 CHECKSUM = "sha256"  # the key of a JSON file that holds the SHA-256 of the others
 # Who may write below a run, named where a process claims it. Without it storage is not what it was, such as unmounted.
 MARKER = ".fathom-run"
-# `user:password@` within a URI, as opposed to `host:port/...@`, or a secret among its options
+# A secret among the options of a URI; `user:password@` in it, as opposed to `host:port/...@`; and whatever stands
+# before an @ where a bucket's name should, or where a slash of the URI is missing.
 CREDENTIALS = re.compile(
-    r"""(\w[\w.+-]*://)(?:[^\s/?#@"']*:(?!\d+[/?#&])[^\s@"']*@|\S*[?&][\w-]*(?:secret|token|password|access_key)[\w-]*=)""",
-    re.IGNORECASE,
+    r"""(\w[\w.+-]*://)(?:\S*[?&](?:sig|[\w-]*(?:secret|token|passw|access_?key|api_?key|credential|signature)[\w-]*)=
+        |[^\s/?#@"']*(?::|%3a)(?!\d+[/?#&])[^\s@"']*@)
+    |((?:s3a?|gc?s)://)(?!anonymous@)(?:[^\s/?#"']*@|[^\s/?#@"']*(?::|%3a)[^\s@"']*@)
+    |((?:\b(?:s3a?|gc?s):/|(?<![\w:/.])//)(?!/))[^\s/?#@"']*(?::|%3a)[^\s@"']*@""",
+    re.IGNORECASE | re.VERBOSE,
 )
 
 EMPTY = "is empty: is a shell variable unset that should have held it? Give it a value, or leave it out"
 
 Value = TypeVar("Value")
+log = logging.getLogger(__name__)
 
 
 class StorageError(RuntimeError):
@@ -94,8 +100,9 @@ def refuse_credentials(text: str) -> None:
     """Raises ValueError, which does not repeat them, for a URI that holds credentials: URIs are recorded with a run,
     hashed into what its artifacts are made from, and shown."""
     if found := CREDENTIALS.search(text):
+        scheme = next(filter(None, found.groups()))
         raise ValueError(
-            f"a {found[1]} URI with a key or password in it would be recorded and shown: take it out, and set "
+            f"a {scheme} URI with a key or password in it would be recorded and shown: take it out, and set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (Google: GOOGLE_APPLICATION_CREDENTIALS) in the environment"
         )
 
@@ -115,6 +122,22 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     except (OSError, pa.ArrowException) as error:
         raise StorageError(f"cannot open storage {uri}: {error}. Name a directory, s3:// or gs:// URI") from error
     return filesystem, root.rstrip("/")
+
+
+def _named(infos: list[fs.FileInfo], folder: str) -> dict[str, fs.FileInfo]:
+    """Those of `infos` whose names are UTF-8, by path, as Arrow can name no others; that some are not is said once."""
+    named = {}
+    for info in infos:
+        with contextlib.suppress(UnicodeDecodeError):
+            named[info.path] = info
+    if len(named) < len(infos):
+        _say_unnamed(folder, len(infos) - len(named))
+    return named
+
+
+@functools.lru_cache(maxsize=256)
+def _say_unnamed(folder: str, count: int) -> None:
+    log.warning("%d file(s) below %s are passed over, as their names are not UTF-8: rename them", count, folder)
 
 
 def hash_stream(stream: Any) -> tuple[int, str]:
@@ -293,6 +316,8 @@ class Storage:
             stream.close()
             return
         target = Path(full)
+        if target.is_dir():
+            raise StorageError(f"{target} is a folder, and a file of that name is to be written: move the folder away")
         _make_folder(target.parent)
         temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
         try:
@@ -336,25 +361,29 @@ class Storage:
         self.write_bytes(path, json.dumps(plain | {CHECKSUM: checksum(plain)}, indent=1, sort_keys=True).encode())
 
     def list(self, path: str = "") -> dict[str, int]:
-        """Size in bytes of every file below `path`, keyed by its path relative to `path`; {} when absent."""
+        """Size in bytes of every file below `path`, by its path relative to `path`; {} if there is no such folder."""
         filesystem, full = self._at(path)
         selector = fs.FileSelector(full, recursive=True, allow_not_found=True)
-        found = self.reading(path, lambda: filesystem.get_file_info(selector))
-        files = [i for i in found if i.type == fs.FileType.File and not i.base_name.startswith(TEMPORARY)]
-        return {i.path[len(full) :].lstrip("/"): i.size for i in files}
+        try:
+            found = self.reading(path, lambda: _named(filesystem.get_file_info(selector), full))
+        except NotADirectoryError:
+            return {}
+        files = {p: i for p, i in found.items() if i.type == fs.FileType.File}
+        return {p[len(full) :].lstrip("/"): i.size for p, i in files.items() if not i.base_name.startswith(TEMPORARY)}
 
     def sweep(self) -> None:
         """Removes the unfinished files of writers that were killed; only for the one that alone writes here."""
         if (root := self.local_path) is not None:
             for left in root.rglob(f"{TEMPORARY}*"):
-                left.unlink(missing_ok=True)
+                if left.is_file() or left.is_symlink():
+                    left.unlink(missing_ok=True)
 
     def folders(self) -> Iterator[str]:
         """The names of the folders right below."""
         filesystem, full = self._at("")
         selector = fs.FileSelector(full, allow_not_found=True)
-        found = self.reading("", lambda: filesystem.get_file_info(selector))
-        return (i.base_name for i in found if i.type == fs.FileType.Directory)
+        found = self.reading("", lambda: _named(filesystem.get_file_info(selector), full))
+        return (i.base_name for i in found.values() if i.type == fs.FileType.Directory)
 
     def delete(self, path: str = "") -> None:
         """Remove a file or a tree; what is absent is fine."""

@@ -392,10 +392,12 @@ class _Characters(Tokenizer):
         return {"alphabet": self._alphabet}
 
     def _fast(self) -> Any:
+        from tokenizers import Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as FastTokenizer
-        from tokenizers import decoders, models
 
-        fast = FastTokenizer(models.BPE({character: i for i, character in enumerate(self._alphabet)}, []))
+        # a vocabulary of whole words without one for the unknown: it refuses other characters, as `encode_array` does
+        fast = FastTokenizer(models.WordLevel({character: i for i, character in enumerate(self._alphabet)}))
+        fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         fast.decoder = decoders.Fuse()
         return _add_special(fast, self._special)
 

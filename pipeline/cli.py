@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -45,12 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not arguments or arguments[0] not in COMMANDS:
         if arguments:
-            print(f"fathom: there is no command {arguments[0]!r}", file=sys.stderr)
+            print(f"fathom: there is no command {arguments[0]!a}", file=sys.stderr)
         print(HELP, end="", file=sys.stderr)
         return 2
     name, *rest = arguments
     from cluster.storage import refuse_credentials  # not needed for the help
+    from pipeline.terminal import PlainFormatter, plain
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does, whatever the terminal's encoding lacks
+    warnings = logging.StreamHandler()
+    warnings.setFormatter(PlainFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO if "--debug" in rest else logging.WARNING, handlers=[warnings])
     command = importlib.import_module(f"pipeline.{name}")
     try:
         refuse_credentials(" ".join(rest))
@@ -69,5 +77,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if "--debug" in rest or not is_users(error):
             raise
-        print(f"fathom {name}: {error}", file=sys.stderr)
+        print(plain(f"fathom {name}: {error}"), file=sys.stderr)
         return 1

@@ -188,7 +188,7 @@ def may_begin_on_part(store: RunStore) -> bool:
     if any(manifests.read(store.stage(name)) is not None for name in ("ingest", "base")):
         return False
     checkpoint = manifests.latest_checkpoint(store.stage("base"))
-    return checkpoint is None or checkpoint[2].upstream["ingest:base"].startswith(GROWING)
+    return checkpoint is None or checkpoint[2].upstream.get("ingest:base", "").startswith(GROWING)
 
 
 def digests_on_part(store: RunStore, config: Config) -> dict[str, str]:

@@ -29,7 +29,7 @@ from corpus.rows import ROWS_FILE, Rows
 from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
 from pipeline.config import STAGE_NAMES, add_storage_flag, stage_names
-from pipeline.terminal import say, show, width_of
+from pipeline.terminal import Terminal, say, show, width_of
 from stages.context import StageContext
 from stages.growing import NOTES, PLAN, SPLITS, Plan, holder_of, open_rows
 
@@ -423,9 +423,9 @@ def main(argv: list[str] | None = None) -> int:
     if not store.storage.exists():
         raise FileNotFoundError(f"no run {store.run!r}: {store.storage.uri} does not exist; see --storage")
     if args.command == "inspect":
-        inspect(store, args, Console())
+        inspect(store, args, Terminal())
     else:
-        verify(store, args.stage, Console())
+        verify(store, args.stage, Terminal())
     return 0
 
 

@@ -19,11 +19,10 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from rich.console import Console
 
 from cluster.storage import Storage, StorageError
 from pipeline.config import add_storage_flag
-from pipeline.terminal import say
+from pipeline.terminal import Terminal, say
 
 GIB = 1 << 30
 VLLM_ENV = {
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_storage_flag(parser)
     parser.add_argument("--json", action="store_true", help="one JSON list instead of lines")
     arguments = parser.parse_args(argv)
-    checks, console = [], Console()
+    checks, console = [], Terminal()
     for check in examine(arguments.storage):
         checks.append(check)
         if not arguments.json:

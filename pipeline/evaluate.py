@@ -35,6 +35,7 @@ from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, Tokenizer
 from models.hf import read_spec
 from pipeline.artifacts import EVALUATIONS, RunStore
 from pipeline.config import add_storage_flag
+from pipeline.terminal import Terminal
 from pipeline.tokenizer import held_out
 from stages.config import EvaluateConfig, ModelConfig
 from stages.evaluation.measure import FAULTS, Examples, Figures, Kept, measure, summary
@@ -347,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: ask at least 1 example a task, or leave --limit out for all")
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    console = Console(markup=False)  # names and messages are shown as they are
+    console = Terminal(markup=False)  # names and messages are shown as they are
     models = [find(what, args.storage) for what in args.what]
     documents, stamp = documents_of(args.text, args.what, args.storage) if "perplexity" in names else (None, "")
     for model in models:

@@ -16,8 +16,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from cluster.hardware import Gpus, cpu_computes_bf16, parse_gpus
 from corpus.sources import CORPORA, SYNTHETIC, shards_needed
 from models.spec import ModelSpec
@@ -47,7 +45,7 @@ from pipeline.scaling import (
     rows_per_rank,
     spare_shards,
 )
-from pipeline.terminal import say
+from pipeline.terminal import Terminal, say
 from pipeline.timing import (
     PROMPT_TOKENS,
     RECOMPUTED,
@@ -769,9 +767,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(numbers, indent=1))
     elif numbers["fits"] is not False:
-        say(Console(), overview(numbers))
+        say(Terminal(), overview(numbers))
         if "neighbours" in numbers:
-            say(Console(), inverse.neighbours_table(numbers))
+            say(Terminal(), inverse.neighbours_table(numbers))
     else:
         print(f"error: {next(w for w in numbers['warnings'] if w.startswith('does not fit'))}", file=sys.stderr)
     return 1 if numbers["fits"] is False else 0

@@ -8,13 +8,12 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import load_config, preset_about, preset_names
 from pipeline.plan import default_gpus, plan
-from pipeline.terminal import TOGETHER, say, show
+from pipeline.terminal import TOGETHER, Terminal, say, show
 
 
 def described(name: str) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(presets, indent=1))
         return 0
-    console, lines, table = Console(), [], Table(box=None, pad_edge=False)
+    console, lines, table = Terminal(), [], Table(box=None, pad_edge=False)
     for column in ("preset", "parameters", "tokens", "hardware", "hours", "cost", "what it is for"):
         right = column in ("parameters", "tokens", "hours", "cost")
         table.add_column(column, justify="right" if right else "left", no_wrap=True)

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from pipeline.config import Config, ConfigError, Parser, add_config_flags, config_from_args
 from pipeline.scaling import grad_accum_steps
-from pipeline.terminal import say, show
+from pipeline.terminal import Terminal, say, show
 from pipeline.tracking import duration
 from stages.config import TrainConfig
 
@@ -471,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"with --workers {machine.devices}"
         )
     swept = {f for f in asdict(others[0]) if len({getattr(s, f) for s in others}) > 1}
-    console = Console()
+    console = Terminal()
     name = f"{config.model.family} {config.model.depth}, {spec.parameters:,} parameters"
     fixed = {f: value for f, value in asdict(others[0]).items() if f not in {*swept, "device_batch_size"}}
     fixed["compile"] = "swept" if "compile" in swept else "on" if others[0].compile else "off"

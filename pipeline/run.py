@@ -6,7 +6,6 @@ Run the same command again to go on where it stopped.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 import signal
@@ -40,7 +39,7 @@ from pipeline.dag import TRAINING, Planned, StageError, plan, reusable, reuse, s
 from pipeline.plan import outlook
 from pipeline.preflight import check_inputs, proportions
 from pipeline.status import run_states
-from pipeline.terminal import say
+from pipeline.terminal import Terminal, say
 from pipeline.tracking import LiveView, final_table, plan_table
 from stages.context import PROGRESS, STOP, TRACEBACK
 
@@ -62,9 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 when every stage asked for is done, 1 when one failed, 2 for wrong flags."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if args.debug else logging.WARNING, format="%(levelname)s %(message)s")
     config = config_from_args(args)
-    store, console = RunStore(config.storage, config.name), Console()
+    store, console = RunStore(config.storage, config.name), Terminal()
     before = store.recorded()
     if before is not None and (size := size_before(config, before)) not in (None, config.data.characters):
         config = config_from_args(args, size)  # base is planned once

@@ -9,6 +9,7 @@ import sys
 from cluster.storage import MARKER, Storage, StorageError
 from pipeline.artifacts import RunStore, StageState
 from pipeline.config import STAGE_NAMES, add_storage_flag, stage_names
+from pipeline.terminal import plain
 from pipeline.tracking import final_table, summary
 
 
@@ -45,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.run is None:
         runs = run_names(args.storage)
-        print(json.dumps({"runs": runs}) if args.json else "\n".join(runs) or f"no runs in {Storage(args.storage).uri}")
+        print(
+            json.dumps({"runs": runs})
+            if args.json
+            else plain("\n".join(runs)) or f"no runs in {Storage(args.storage).uri}"
+        )
         return 0
     store = RunStore(args.storage, args.run)
     states = run_states(store)

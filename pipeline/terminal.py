@@ -1,20 +1,45 @@
 """What the commands print fits the terminal: lines are broken between words, and a table that is too wide is told in
-lines. A file has no width, so what goes there is left whole."""
+lines. A file has no width, so what goes there is left whole. What comes from outside cannot steer the terminal."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import textwrap
 from collections.abc import Iterable
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 TOGETHER = "\xa0"  # between words that must not be parted; shown as a space
 WHOLE = 1_000_000  # columns that any table fits into
+# What a terminal would obey (but not newlines and tabs), what turns the direction of writing, and half characters,
+# which cannot be written at all.
+UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    """`text`, which may come from outside, with what a terminal would obey shown as Python writes it, such as \\x1b."""
+    return UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class PlainFormatter(logging.Formatter):
+    """The messages of a log as `plain` text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+class Terminal(Console):
+    """A console that shows all text, whatever wrote it, as `plain` text."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=plain(segment.text))
 
 
 def width_of(console: Console) -> int | None:

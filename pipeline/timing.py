@@ -198,7 +198,9 @@ def read_calibration(paths: Sequence[Path], gpus: Gpus) -> Calibration:
             if not all(0 < r < math.inf for r in rollouts):
                 raise ValueError(f"{rollouts[-1]} tokens a second is no measurement")
             measured_on, kind = record["hardware"], record["kind"]
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            if not isinstance(measured_on, str):
+                raise ValueError("its hardware has no name")
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
             why = error if isinstance(error, OSError | ValueError) else "no measurement in it"
             raise ValueError(f"--calibrate {path}: {why}; it takes what `fathom probe --json FILE` writes") from error
         if (find(measured_on), kind) != (gpus.hardware, "cuda" if gpus.hardware else "cpu"):
@@ -216,6 +218,8 @@ def point_of(row: dict[str, Any]) -> Point:
     speed, workers = row["tokens_per_second"], row.get("workers", 1)
     if not 0 < speed < math.inf or not 1 <= workers < math.inf:
         raise ValueError(f"{speed} tokens a second on {workers} worker(s) is no measurement")
+    if min(row["device_batch_size"], row["grad_accum_steps"]) < 1:
+        raise ValueError("a batch without sequences is no measurement")
     layout = Layout(
         device_batch_size=row["device_batch_size"],
         grad_accum_steps=row["grad_accum_steps"],

@@ -19,7 +19,7 @@ from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
 from pipeline.config import add_storage_flag
 from pipeline.status import run_states
-from pipeline.terminal import TOGETHER, say, show
+from pipeline.terminal import TOGETHER, Terminal, say, show
 
 SAMPLES = Path(__file__).parent / "samples.toml"
 BESIDE = ("gpt2", "cl100k_base")
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
     else:
-        print_table(result, Console())
+        print_table(result, Terminal())
     return 0
 
 

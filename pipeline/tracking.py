@@ -18,7 +18,7 @@ from cluster import manifest as manifests
 from cluster.storage import StorageError
 from corpus import left_out
 from pipeline.artifacts import RunStore, StageState
-from pipeline.terminal import TOGETHER, say, show
+from pipeline.terminal import TOGETHER, Terminal, say, show
 from stages.context import Progress
 
 POLL_SECONDS = 1.0
@@ -59,7 +59,7 @@ class LiveView:
     """
 
     def __init__(self, store: RunStore, stages: list[str], console: Console | None = None) -> None:
-        self.store, self.console = store, console or Console()
+        self.store, self.console = store, console or Terminal()
         self.rows = {name: Row() for name in stages}
         self.stale = {name: store.progress(name) for name in stages}
         self.stop = threading.Event()
@@ -189,7 +189,7 @@ def summary(store: RunStore, state: StageState) -> dict[str, Any]:
 
 def final_table(store: RunStore, states: list[StageState], console: Console | None = None) -> None:
     """Print every stage with its state, time, key metrics and where its artifact is."""
-    console = console or Console()
+    console = console or Terminal()
     say(console, f"run {store.run}")
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "state", "time", "metrics", "artifact"):

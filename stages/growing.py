@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cluster import manifest
 from cluster.storage import DamagedError, FileEntry, Storage, StorageError
@@ -42,7 +42,46 @@ class Plan(BaseModel):
     shards: int
 
 
-Note = dict[str, Any]  # of one shard: files, index of each split, stats
+Note = dict[str, Any]  # of one shard: what NoteOfShard says
+Count = Annotated[int, Field(strict=True, ge=0)]
+
+
+class RowFiles(BaseModel):
+    """The rows that a shard has for one split, as `corpus.rows` lists them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    row_len: Annotated[int, Field(strict=True, gt=0)]
+    dtype: Literal["<u2", "<u4"]
+    masked: Annotated[bool, Field(strict=True)]
+    complete: Annotated[bool, Field(strict=True)]
+    files: list[tuple[str, Count]]
+
+
+class Statistics(BaseModel):
+    """What was counted in a shard, and how many of its documents have a length of so many bits."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    counts: dict[str, Count]
+    rejected: dict[str, Count]
+    lengths: dict[int, Count]
+
+
+class NoteOfShard(BaseModel):
+    """What ingest keeps of a shard that is done."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    files: list[FileEntry]
+    index: dict[Literal["train", "val"], RowFiles]
+    stats: Statistics
+
+    @model_validator(mode="after")
+    def _both_splits(self) -> NoteOfShard:
+        if self.index.keys() != set(SPLITS):
+            raise ValueError(f"it must have the rows of {' and '.join(SPLITS)}")
+        return self
 
 
 def note_path(shard: int) -> str:
@@ -62,12 +101,14 @@ def read_notes(ingest: Storage, known: dict[int, Note]) -> None:
 def _read_note(ingest: Storage, shard: int) -> Note | None:
     try:
         note = ingest.read_json(note_path(shard))
-        for file in note["files"]:
-            FileEntry(**file)
-        return dict(note) if all(note["index"][split]["files"] is not None for split in SPLITS) else None
-    except (DamagedError, ValueError, TypeError, KeyError) as error:
-        logger.warning("the note of shard %d is damaged: %s", shard, error)
-        return None
+        NoteOfShard.model_validate(note)
+        return dict(note)
+    except ValidationError as error:
+        fault = manifest.faults(error)
+    except DamagedError as error:
+        fault = str(error)
+    logger.warning("the note of shard %d is damaged: %s", shard, fault)
+    return None
 
 
 def index_of(notes: dict[int, Note], shards: int, split: str) -> Index | None:

@@ -200,6 +200,7 @@ def test_a_claim_sweeps_what_a_killed_process_was_writing(store: RunStore) -> No
     left = [folder / f"{TEMPORARY}1", folder / "base" / f"{TEMPORARY}2"]
     for path in left:
         path.write_text("{")
+    (folder / f"{TEMPORARY}folder").mkdir()  # nobody's unfinished file
     with store.claim():
         assert not any(path.exists() for path in left)
 

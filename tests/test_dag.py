@@ -12,7 +12,7 @@ from cluster import manifest as manifests
 from pipeline import cli
 from pipeline.artifacts import RunStore
 from pipeline.config import Config, ConfigError, identity_of, load_config, select, stage_names
-from pipeline.dag import UPSTREAM, StageError, plan, reusable, reuse, upstream_digests
+from pipeline.dag import UPSTREAM, StageError, may_begin_on_part, plan, reusable, reuse, upstream_digests
 
 
 @pytest.fixture
@@ -132,6 +132,14 @@ def test_a_killed_stage_does_not_go_on_under_another_configuration(store: RunSto
     leave_half_done(store, config, "mid")
     with store.claim(), pytest.raises(StageError, match=r"mid: mid\.matrix_lr: 0\.02 -> 0\.5(.|\n)*--force mid"):
         actions(store, changed(config, "mid.matrix_lr=0.5"))
+
+
+def test_a_checkpoint_that_says_nothing_of_ingest_is_of_no_part_of_it(store: RunStore) -> None:
+    for name in ("ingest", "base"):
+        store.remove(name)
+    assert may_begin_on_part(store)
+    manifests.write(store.stage("base").at("checkpoints", "step_000001"), manifests.Manifest("r", "base", []))
+    assert not may_begin_on_part(store)
 
 
 def test_only_the_settings_of_a_stage_make_it_drift(store: RunStore, config: Config) -> None:

@@ -39,7 +39,7 @@ from stages import tokenizer as tokenizer_stage
 from stages.config import DataConfig, IngestConfig, TokenizerConfig
 from stages.context import GROWING, PROGRESS, SOURCES, StageContext
 from stages.conversations import ingest_mixture, task_problems, write_problems
-from stages.growing import NOTES, open_rows, wait_until_made
+from stages.growing import NOTES, note_path, open_rows, read_notes, wait_until_made
 from stages.held_out import HeldOut
 from tasks.base import Problem
 from tasks.gsm8k import GSM8K
@@ -702,3 +702,36 @@ def test_what_rows_leaves_out_and_a_folder_that_grows_are_told(tmp_path: Path, t
         patch.setattr(conversations, "ingest_mixture", grown)
         with pytest.raises(ValueError, match=r"b\.jsonl is not what it was when the files were listed"):
             conversations.run(context, data, ROW_LEN - 1, 0)
+
+
+def test_a_note_of_odd_shape_is_damaged_and_its_shard_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = {"row_len": 33, "dtype": "<u2", "masked": False, "complete": True, "files": [["00000-000", 2]]}
+    whole = {
+        "files": [{"path": "base/train/00000-000.tokens", "size": 132, "sha256": "0" * 64}],
+        "index": {"train": rows, "val": rows | {"files": []}},
+        "stats": {"counts": {"documents": 1}, "rejected": {}, "lengths": {"5": 1}},
+    }
+    odd = [
+        5,
+        {},
+        whole | {"files": 5},
+        whole | {"files": [{"path": "../x", "size": 1, "sha256": "0" * 64}]},
+        whole | {"index": []},
+        whole | {"index": {"train": rows}},
+        whole | {"index": {"train": [], "val": []}},
+        whole | {"index": {"train": rows | {"files": [1]}, "val": rows}},
+        whole | {"index": {"train": rows | {"files": "ab"}, "val": rows}},
+        whole | {"index": {"train": rows | {"row_len": 0}, "val": rows}},
+        whole | {"index": {"train": rows | {"dtype": "object"}, "val": rows}},
+        whole | {"stats": {}},
+        whole | {"stats": {"counts": {"documents": "1"}, "rejected": {}, "lengths": {}}},
+    ]
+    storage = Storage(tmp_path)
+    for shard, note in enumerate([whole, *odd]):
+        storage.write_bytes(note_path(shard), json.dumps(note).encode())
+    notes: dict[int, Any] = {}
+    read_notes(storage, notes)
+    assert notes == {0: whole}
+    assert caplog.text.count("is damaged") == len(odd)

@@ -458,6 +458,33 @@ def test_nonsense_gets_one_clear_message(
     assert re.search(message, captured.err)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hardware": None},
+        {"hardware": []},
+        {"rows": [{}]},
+        {"rows": {}},
+        {"device_batch_size": 0},
+        {"tokens_per_second": "x"},
+    ],
+)
+def test_a_calibration_of_odd_shape_gets_one_clear_message(
+    wrong: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"model": asdict(at_depth(2).model.spec()), "tokens_per_second": 1e3, "device_batch_size": 4}
+    row |= {"grad_accum_steps": 1, "checkpointing": "none", "compile": False}
+    record = {"hardware": "x", "kind": "cpu", "rows": [row | {k: v for k, v in wrong.items() if k in row}]}
+    file = tmp_path / "calibration.json"
+    file.write_text(json.dumps(record | {k: v for k, v in wrong.items() if k in record}))
+    assert plan.main(["--depth", "2", "--gpus", "cpu", "--calibrate", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--calibrate {file}" in error
+    file.write_text("[" * 100_000)
+    assert plan.main(["--depth", "2", "--gpus", "cpu", "--calibrate", str(file)]) == 1
+    assert f"--calibrate {file}" in capsys.readouterr().err
+
+
 def test_a_preset_brings_its_devices_and_what_its_source_got_wrong() -> None:
     config = load_config("char-d64")
     numbers = plan.plan(config, plan.default_gpus(config))

@@ -21,6 +21,7 @@ from cluster.manifest import Manifest
 from pipeline import cli, status, tracking
 from pipeline.artifacts import RunStore
 from pipeline.config import identity_of, load_config, stage_names
+from pipeline.terminal import plain
 from pipeline.tracking import LiveView, duration, key_metrics
 from stages.evaluate import VALIDATED
 from stages.training.metrics import SUMMARY
@@ -165,11 +166,10 @@ def test_the_greedy_share_stands_apart_from_those_of_samples() -> None:
     assert key_metrics(metrics) == "reward 0.5  val_pass_at_1 0.2  kl_sft 0.03  completion_tokens_per_second 9"
 
 
+TEXT = st.text(st.characters() | st.sampled_from("\x1b\x07\x9b\ud800\udfff"), max_size=8)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["[/x]", "../e"]),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.just("[/x]"), inner, max_size=3)
-    ),
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(["[/x]", "../e"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT | st.just("[/x]"), inner, max_size=3),
     max_leaves=6,
 )
 
@@ -177,8 +177,9 @@ VALUES = st.recursive(
 @settings(max_examples=int(os.environ.get("FATHOM_FUZZ", "50")))
 @given(data=st.data(), path=st.sampled_from(["manifest.json", "progress.json", "../config.json", "../claim.json"]))
 def test_whatever_lies_in_storage_status_shows_it_or_says_what_is_wrong(data: st.DataObject, path: str) -> None:
-    """No traceback, nothing outside the run, and no longer than a moment."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    """No traceback, nothing outside the run, nothing that steers the terminal, and no longer than a moment."""
+    out = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         store, config = RunStore(f"{folder}/[b]", "r"), load_config("demo", {"name": "r"})
         store.record(config)
         counts = {"read": {"corpus": {"read": 2, "kept": 1, "left_out": {"empty": 1}}}, "skipped": {"a": {"other": 1}}}
@@ -208,6 +209,7 @@ def test_whatever_lies_in_storage_status_shows_it_or_says_what_is_wrong(data: st
                 1,
             )
         assert os.listdir(folder) == ["[b]"] and os.listdir(f"{folder}/[b]") == ["r"]
+    assert plain(out.getvalue()) == out.getvalue()
 
 
 @pytest.mark.parametrize("value", ["Infinity", "NaN", "1e999", "9" * 400, '"[/x]"'])

@@ -435,6 +435,28 @@ def test_json_almost_too_deep_is_damaged(tmp_path: Path) -> None:
             storage.read_json("deep.json")
 
 
+def test_names_that_are_not_utf8_are_passed_over_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "kept").write_text("x")
+    (tmp_path / "run" / os.fsdecode(b"\xff.txt")).write_text("x")
+    (tmp_path / os.fsdecode(b"\xfe")).mkdir()
+    storage = Storage(tmp_path)
+    assert storage.list("run") == {"kept": 1} and list(storage.folders()) == ["run"]
+    assert caplog.text.count("names are not UTF-8: rename them") == 2
+
+
+def test_a_folder_in_place_of_a_file_is_named_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "config.json" / "mine").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"config\.json is a folder, .*: move the folder away"):
+        Storage(tmp_path).write_json("config.json", {})
+    assert (tmp_path / "config.json" / "mine").exists()
+
+
+def test_a_pipe_in_place_of_a_folder_holds_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "runs")
+    assert Storage(tmp_path).list("runs") == {}
+
+
 def test_a_pipe_is_removed_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "stop")
     (tmp_path / "folder").mkdir()

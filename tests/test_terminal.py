@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
@@ -20,7 +21,7 @@ from pipeline.artifacts import RunStore
 from pipeline.config import identity_of, load_config, stage_names
 from pipeline.data import show_stats
 from pipeline.probe import Machine, Probe, Row, Setting, View
-from pipeline.terminal import TOGETHER, fitted, show
+from pipeline.terminal import TOGETHER, Terminal, fitted, plain, say, show
 from pipeline.tokenizer import print_table
 from pipeline.tracking import LiveView
 
@@ -45,6 +46,27 @@ def test_a_line_is_broken_between_words_and_nowhere_else(text: str, head: str, w
     assert all(len(line) <= width or len(line.split()) == 1 for line in lines[1:])
     assert lines[0].startswith(head.rstrip())
     assert fitted(head + text, None) == head + text
+
+
+@given(st.text(st.characters() | st.sampled_from("\x1b\x07\x9b\u202e\ud800\r"), max_size=30))
+def test_no_text_steers_the_terminal(text: str) -> None:
+    """Whatever is shown can be written, and has no character that a terminal obeys but those of the console's own."""
+    out = io.StringIO()
+    console = Terminal(file=out, force_terminal=True, color_system="truecolor", width=200)
+    say(console, text, "red")
+    table = Table(text.replace("[", ""))
+    table.add_row(Text(text, "green"))
+    show(console, table, [])
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).encode().decode()  # without colours, which are ours
+    assert plain(shown) == shown
+    assert plain(text) == text or "\\" in plain(text)
+
+
+def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "\x1b]0;owned\x07", "--storage", "."]) == 1
+    assert "\x1b" not in capsys.readouterr().err
+    assert cli.main(["\x1b[2J"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_what_belongs_together_is_not_parted_and_what_follows_stands_below() -> None:

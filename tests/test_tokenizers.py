@@ -306,6 +306,19 @@ def test_no_message_is_read_otherwise_when_served(served, texts: list[str]) -> N
     assert theirs(text, add_special_tokens=False)["input_ids"] == ids
 
 
+def test_a_character_that_training_refuses_is_refused_when_served(
+    opened: Callable[[str], Tokenizer], tmp_path: Path
+) -> None:
+    """It is not dropped in silence."""
+    opened("chars").save(tmp_path)
+    theirs, alien = auto_tokenizer(tmp_path), "\u0e01"
+    assert alien not in ALPHABET
+    with pytest.raises(UnknownCharacterError):
+        opened("chars").encode(f"a{alien}")
+    with pytest.raises(Exception, match="vocabulary"):  # the library has no type of its own
+        theirs.apply_chat_template([{"role": "user", "content": f"a{alien}"}])
+
+
 def test_transformers_knows_the_special_tokens(hf) -> None:
     tokenizer, theirs = hf
     assert len(theirs) == tokenizer.vocab_size
