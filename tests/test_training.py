@@ -294,6 +294,20 @@ def on_a_class(code: Code, metadata: Metadata) -> bytes:
     return b"cpathlib\nPosixPath\n(N}S'_str'\nS'" + bytes(code.file) + b"'\nstb."
 
 
+def of_endless_words(code: Code, metadata: Metadata) -> bytes:
+    """Sets an attribute of pairs of pairs, of 2^64 places: who tells of them never ends."""
+    return b")" + b"2\x86" * 64 + b"}b."
+
+
+def at_an_endless_path(code: Code, metadata: Metadata) -> Any:
+    path: Any = ()
+    for _ in range(64):
+        path = (path, path)
+    return replace(
+        metadata, storage_data={i: replace(info, relative_path=path) for i, info in metadata.storage_data.items()}
+    )
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("uninterrupted")
@@ -301,7 +315,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    "attack", [bare, within, as_a_value, from_elsewhere, by_a_name, on_a_class], ids=lambda function: function.__name__
+    "attack",
+    [bare, within, as_a_value, from_elsewhere, by_a_name, on_a_class, of_endless_words, at_an_endless_path],
+    ids=lambda function: function.__name__,
 )
 def test_no_code_in_a_checkpoint_runs(
     rows: Rows, tmp_path: Path, attack: Callable[[Code, Metadata], Any], uninterrupted: tuple[Any, Any]

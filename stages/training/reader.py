@@ -68,7 +68,7 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         if type(self.stack[-2]) not in PLAIN:
-            raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2]!r:.80}")
+            raise pickle.UnpicklingError(f"it sets attributes of a {type(self.stack[-2]).__name__}")
         super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build
@@ -105,17 +105,20 @@ class CheckpointReader(FileSystemReader):
 
 
 def _fault(metadata: Any, sizes: dict[str, int]) -> str | None:
-    """What is wrong with it; None when all it holds is tensors, within files of these sizes."""
+    """What is wrong with it; None when all it holds is tensors, within files of these sizes. No value is put into words
+    that could be any other than a string: one of tuples within tuples could take for ever."""
     if type(metadata) is not Metadata:
         return "it is none"
     stored = {(index.fqn, index.offset) for index in metadata.storage_data}
     for name, entry in metadata.state_dict_metadata.items():
-        if type(entry) is not TensorStorageMetadata:
-            return f"{name} is no tensor"
+        if type(name) is not str or type(entry) is not TensorStorageMetadata:
+            return "it holds what is no tensor"
         if not all((name, chunk.offsets) in stored for chunk in entry.chunks):
             return f"it does not say where {name} lies"
     for info in metadata.storage_data.values():
         path, low, length = info.relative_path, info.offset, info.length
+        if type(path) is not str or type(low) is not int or type(length) is not int:
+            return "it does not say of which file and bytes"
         if path not in sizes or not path.endswith(SHARD) or "/" in path or info.transform_descriptors is not None:
             return f"it reads from {path!r}"
         if not 0 <= low <= low + length <= sizes[path]:
