@@ -67,7 +67,8 @@ def test_every_step_is_on_record(line: Run, stage: str) -> None:
     records = line.records(stage)
     stepped = [record for record in records if "loss" in record or "reward" in record]
     assert [record["step"] for record in stepped] == list(range(EXPECTED_STEPS[stage]))
-    assert all("tokens_per_second" in record for record in stepped)
+    speed = "completion_tokens_per_second" if stage == "rl" else "tokens_per_second"
+    assert all(speed in record for record in stepped)
     assert all(isinstance(value, (int, float)) for record in records for value in record.values())
     if stage != "rl":
         measured = [record["step"] for record in records if VALIDATED[stage][0] in record]
