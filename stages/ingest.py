@@ -30,7 +30,7 @@ from corpus.packing import Document as Packed
 from corpus.packing import Packing, pack
 from corpus.rows import ROWS_FILE, write_index
 from corpus.sources import KINDS, Document, Unit, changed_text, read_unit, units
-from corpus.tokenizers import Tokenizer, UnknownCharacterError
+from corpus.tokenizers import Tokenizer, UnknownCharacterError, lacking
 from stages.config import DataConfig, IngestConfig
 from stages.context import PROGRESS, StageContext
 from stages.context import Progress as Said
@@ -318,8 +318,12 @@ def encoded(document: Document, tokenizer: Tokenizer) -> np.ndarray:
     try:
         ids = tokenizer.encode_array(document.text)
     except UnknownCharacterError as error:
-        within = document.text.count("\n", 0, error.position) if document.source.lower().endswith(".txt") else 0
-        raise ValueError(f"{document.source}, line {document.line + within}: {error}") from error
+        unknown = {}
+        for character in set(document.text) - set(tokenizer.alphabet):
+            before, _, _ = document.text.partition(character)
+            within = before.count("\n") if document.source.lower().endswith(".txt") else 0
+            unknown[character] = f"{document.source}, line {document.line + within}"
+        raise ValueError(lacking(tokenizer.alphabet, unknown)) from error
     return np.concatenate([np.array([tokenizer.bos], dtype=ids.dtype), ids])
 
 

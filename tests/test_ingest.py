@@ -38,7 +38,7 @@ from stages import conversations, ingest
 from stages import tokenizer as tokenizer_stage
 from stages.config import DataConfig, IngestConfig, TokenizerConfig
 from stages.context import GROWING, PROGRESS, SOURCES, StageContext
-from stages.conversations import ingest_mixture, task_problems, write_problems
+from stages.conversations import check_characters, ingest_mixture, task_problems, write_problems
 from stages.growing import NOTES, open_rows, wait_until_made
 from stages.held_out import HeldOut
 from tasks.base import Problem
@@ -294,12 +294,30 @@ def test_an_unknown_character_is_named_with_its_file_and_line(tmp_path: Path, ra
     lines = [json.dumps({"text": f"{i}+{i}={2 * i}\n" * 9}) for i in range(30)]
     lines[20] = json.dumps({"text": "1+1=two"})
     (directory / "sums.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"^/.*sums\.jsonl, line 21: character 't' .*U\+0074.*alphabet"):
+    with pytest.raises(ValueError, match=r" 't' \(LATIN SMALL LETTER T, U\+0074\) in /.*sums\.jsonl, line 21, 'w' "):
         ingested(tmp_path / "run", chars.storage, directory)
     (directory / "sums.jsonl").rename(directory / "unread")
     (directory / "sums.txt").write_text("1+1=2\n" * 7 + "1+1=x\n")
-    with pytest.raises(ValueError, match=r"sums\.txt, line 8: character 'x'"):
+    with pytest.raises(ValueError, match=r"'x' .* in /.*sums\.txt, line 8: take"):
         ingested(tmp_path / "run", chars.storage, directory)
+
+
+def test_all_characters_that_conversations_lack_are_told_at_once(tmp_path: Path) -> None:
+    said = {"mid": ["it is", "is \u00e9", "is \u00e9 \n"], "sft": ["it", "\u00a3"]}
+    mixtures = {}
+    for stage, answers in said.items():
+        (tmp_path / stage).with_suffix(".jsonl").write_text(
+            "".join(json.dumps({"prompt": "is it", "response": answer}) + "\n" for answer in answers)
+        )
+        mixtures[stage] = {"own": Part(source=str((tmp_path / stage).with_suffix(".jsonl")))}
+    with pytest.raises(ValueError) as caught:
+        check_characters(" ist", mixtures, 0)
+    assert re.findall(r"'(\S+)' \(.*?\) in (\S+ \S+ \d)", str(caught.value)) == [
+        ("\\n", "data.mid.own, conversation 3"),
+        ("\u00a3", "data.sft.own, conversation 2"),
+        ("\u00e9", "data.mid.own, conversation 2"),
+    ]
+    check_characters(" ist\u00e9\u00a3\n", mixtures, 0)
 
 
 def test_best_fit_on_novels_pads_nothing_and_leaves_out_only_the_last_row(shared_data: Path) -> None:
