@@ -660,10 +660,19 @@ def test_of_a_few_very_long_documents_a_share_is_held_out_too(
     assert 0.01 < stats["validation_share"] < 0.1 and "notes" not in stats
 
 
-def test_a_text_file_compresses_as_its_paragraphs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own tokenizer included, which sees all of either."""
+@pytest.mark.parametrize("text", ["made here", "a novel"])
+def test_a_text_file_compresses_as_its_paragraphs_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, text: str
+) -> None:
+    """Its own tokenizer included, which sees all of either. Of about a megabyte."""
     monkeypatch.setattr(ingest, "in_parallel", here)
-    paragraphs = [text.replace("\n\n", "\n") for text in synthetic.documents(0, 3_200, 0)]  # of about a megabyte
+    if text == "a novel":
+        novels = request.getfixturevalue("shared_data") / "novels"
+        parts = pq.read_table(novels, filters=[("book", "==", "Woolf_Night_1919")]).sort_by("part")["text"].to_pylist()
+        paragraphs = [paragraph for part in parts for paragraph in part.split("\n\n") if paragraph.strip()]
+        assert len(paragraphs) > 1_000 and sum(map(len, paragraphs)) > 900_000
+    else:
+        paragraphs = [text.replace("\n\n", "\n") for text in synthetic.documents(0, 3_200, 0)]
     (tmp_path / "whole.txt").write_text("\n\n".join(paragraphs))
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs))
     compressed = {}
