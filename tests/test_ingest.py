@@ -648,16 +648,26 @@ def test_a_single_file_of_any_form_trains_and_holds_out_a_share(
         assert (0.01 if form == "a.txt" else 0.001) < stats["validation_share"] < 0.1
 
 
-@pytest.mark.parametrize("short", [0, 40])
+@pytest.mark.parametrize("place", ["here", "hub"])
+@pytest.mark.parametrize("lines, short", [(16_000, 0), (16_000, 40), (8_000, 0)])
 def test_of_a_few_very_long_documents_a_share_is_held_out_too(
-    tmp_path: Path, tokenizer: Storage, monkeypatch: pytest.MonkeyPatch, short: int
+    tmp_path: Path, tokenizer: Storage, monkeypatch: pytest.MonkeyPatch, place: str, lines: int, short: int
 ) -> None:
+    """Each a whole book, in two files; of the hub's files, which are not opened before, the size is not known."""
     monkeypatch.setattr(ingest, "in_parallel", here)
-    long = [f"the quick brown fox {i} jumps over the lazy dog\n" * 16_000 for i in range(4)]
-    texts = long + [f"a fox {i}" for i in range(short)]
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    _, stats = ingested(tmp_path / "run", tokenizer, tmp_path / "long.jsonl", shard_bytes=1 << 20)
-    assert 0.01 < stats["validation_share"] < 0.1 and "notes" not in stats
+    if place == "hub":
+
+        def unsized(*where: Any, **how: Any) -> list[dict[str, Any]]:
+            known = ("bytes", "size", "changed")
+            return [{key: unit[key] for key in unit if key not in known} for unit in units(*where, **how)]
+
+        monkeypatch.setattr(ingest, "units", unsized)
+    for file in range(2):
+        texts = [f"the quick brown fox {i} jumps over {file}\n" * lines for i in range(4)]
+        texts += [f"a fox {file} {i}" for i in range(short)]
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{file}.parquet")
+    _, stats = ingested(tmp_path / "run", tokenizer, tmp_path / "*.parquet", shard_bytes=1 << 20)
+    assert 0.01 < stats["validation_share"] < 0.1
 
 
 @pytest.mark.parametrize("text", ["made here", "a novel"])
