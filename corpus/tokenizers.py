@@ -102,7 +102,7 @@ def lacking(alphabet: str, found: Mapping[str, str]) -> str:
     shown = [f"{named(character)} in {found[character]}" for character in sorted(found)[:NAMED]]
     if len(found) > NAMED:
         shown.append(f"and {len(found) - NAMED:,} more")
-    whole = alphabet + "".join(sorted(character for character in found if valid(character) == character))
+    whole = alphabet + "".join(sorted(c for c in found if valid(c) == c))  # half a surrogate pair cannot be written
     plain = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in whole)
     quoted = shlex.quote(f'tokenizer.alphabet="{plain}"') if len(whole) <= WRITTEN else "tokenizer.alphabet=..."
     return (

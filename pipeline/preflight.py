@@ -6,7 +6,6 @@ Only files of this machine are looked at, and only their names, sizes and first 
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -132,7 +131,7 @@ def _look_at_mixture(parts: Sequence[Part]) -> None:
     seen: set[str] = set()
     for part in parts:
         found = list(islice(conversations(part, seed=0), FIRST_RECORDS)) if _is_here(part) else []
-        seen |= {json.dumps(conversation) for conversation in found if not isinstance(conversation, UnusableError)}
+        seen |= {repr(conversation) for conversation in found if not isinstance(conversation, UnusableError)}
         if len(seen) > 1 or len(found) in (0, FIRST_RECORDS):  # or there may be more
             return
     if parts:
@@ -182,8 +181,12 @@ def _characters(data: DataConfig) -> str | None:
     size = characters(data.corpus, shards=data.shards)
     if size is None or size > SMALL or data.max_documents is not None:
         return None
-    found = units(data.corpus, shards=data.shards, text_column=data.text_column, text_documents=data.text_documents)
-    return "".join(sorted({character for unit in found for document in read_unit(unit) for character in document.text}))
+    found: set[str] = set()
+    documents = data.text_documents  # lines have no line breaks
+    for unit in units(data.corpus, shards=data.shards, text_column=data.text_column, text_documents=documents):
+        for document in read_unit(unit):
+            found.update(document.text)
+    return "".join(sorted(found))
 
 
 def proportions(config: Config, stages: Collection[str], tokens: int | None = None) -> Iterator[str]:

@@ -270,7 +270,7 @@ def pack_shard(row: dict[str, Any], context: StageContext, data: DataConfig, pac
         there = sum(len(ids) for ids, _ in held_out)
         # the rest is too long to be taken
         few = there < min(LEAST * counts["tokens"], choice.most / CHARS_PER_TOKEN / 2)
-        total = shard["total"] or shard["of"] * counts["characters"]  # of the hub's nobody knows the size
+        total = shard["total"] or shard["of"] * counts["characters"]  # nobody knows that of the hub's
         missing = (wanted(total) if few else row_len) - there
         while waiting and missing > 0:
             ids = waiting.pop()
