@@ -107,7 +107,8 @@ def lacking(alphabet: str, found: Mapping[str, str]) -> str:
     quoted = shlex.quote(f'tokenizer.alphabet="{plain}"') if len(whole) <= WRITTEN else "tokenizer.alphabet=..."
     return (
         f"the alphabet of the tokenizer `chars` lacks {', '.join(shown)}: take another --tokenizer, such as bpe, or "
-        f"give all the characters there are, with a new --name or with --force tokenizer, as --set {quoted}"
+        "give all the characters there are, with a new --name or with --force tokenizer --force base, as "
+        f"--set {quoted}"
     )
 
 

@@ -129,13 +129,19 @@ def _look_at_part(part: Part) -> None:
 def _look_at_mixture(parts: Sequence[Part]) -> None:
     """Raises ValueError where a mixture of files of this machine has no two conversations that differ."""
     seen: set[str] = set()
+    left_out: Counter[str] = Counter()
     for part in parts:
         found = list(islice(conversations(part, seed=0), FIRST_RECORDS)) if _is_here(part) else []
         seen |= {repr(conversation) for conversation in found if not isinstance(conversation, UnusableError)}
+        left_out.update(fault.reason for fault in found if isinstance(fault, UnusableError))
         if len(seen) > 1 or len(found) in (0, FIRST_RECORDS):  # or there may be more
             return
     if parts:
-        raise ValueError("two conversations that differ are needed, one of them for validation: give more with --chat")
+        why = f"; left out are {reasons(left_out)}" if left_out else ""
+        raise ValueError(
+            f"two conversations that differ are needed, one of them for validation, and there is {len(seen)}{why}: "
+            "give more with --chat"
+        )
 
 
 def _parts(data: DataConfig) -> Iterator[tuple[str, str, Part]]:

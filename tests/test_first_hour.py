@@ -65,13 +65,13 @@ ANSWERED: dict[str, tuple[int, str]] = {
     "run --depth 2 --corpus plays.txt --workers 256": (1, r"--workers 256 needs .*: add --workers \d+"),
     "run --depth 2 --corpus plays.txt --chat one.jsonl --gsm8k none": (
         1,
-        r"two conversations .*: give more with --chat",
+        r"two conversations .* there is 1: give more with --chat",
     ),
     "run --depth 2 --corpus plays.txt --chat chat.json": (1, r"--chat: .*chat\.json is of no kind .*\.jsonl"),
     "run --depth 2 --corpus plays.txt --chat accents.jsonl --gsm8k none --tokenizer chars": (
         1,
-        r"--tokenizer: .* lacks 'é' \(LATIN SMALL LETTER E WITH ACUTE, U\+00E9\) in data\.mid\.chat, conversation 2: "
-        r"take another --tokenizer, .* new --name or with --force tokenizer, as --set 'tokenizer\.alphabet=.*é\"'",
+        r"--tokenizer: .* 'é' \(LATIN SMALL LETTER E WITH ACUTE, U\+00E9\) in data\.mid\.chat, conversation 2: take .* "
+        r"--tokenizer, .* --name or with --force tokenizer --force base, as --set 'tokenizer\.alphabet=.*é\"'",
     ),
     "run --depth 2 --corpus plays.txt --until rl": (1, r"--until rl: this run has no such stage; .*RL --with-rl"),
     "data inspect plays": (1, r"no run 'plays': .*see --storage"),
@@ -169,8 +169,8 @@ def test_what_is_told_of_a_lacking_character_mends_a_run_that_has_begun(folder: 
     made = Run(tmp_path, "word", ["--depth", "2", "--corpus", str(folder / "plays.txt"), *chats, *until])
     failed = made.go()
     assert failed.code == 1 and made.states()["base"] == "done", failed.output
-    [told] = re.findall(r"lacks 'é' .* conversation 1,001: .* --force tokenizer, as (--set '.*')", failed.output)
-    mended = made.go(*shlex.split(told), "--force", "tokenizer")
+    *_, told = re.findall(r"lacks 'é' .* conversation 1,001: .* --force base, as (--set '.*')", failed.output)
+    mended = made.go(*shlex.split(told), "--force", "tokenizer", "--force", "base")
     assert mended.code == 0, mended.output
     states = made.states()
     assert all(states[stage] == "done" for stage in ("tokenizer", "ingest", "base", "evaluate_base", "conversations"))
