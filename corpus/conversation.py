@@ -97,6 +97,11 @@ def _check_calls(kinds: list[str]) -> None:
         raise UnusableError("no_result", "the assistant's turn ends in a call without a result")
 
 
+def texts(conversation: dict[str, Any]) -> list[str]:
+    """All that is said in it. Raises UnusableError as `render` does for a malformed message."""
+    return [part["text"] for _, parts in _turns(conversation["messages"]) for part in parts]
+
+
 def answers(conversation: dict[str, Any]) -> int:
     """How many turns the assistant has."""
     return sum(role == "assistant" for role, _ in _turns(conversation["messages"]))

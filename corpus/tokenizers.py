@@ -11,9 +11,10 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +36,9 @@ __all__ = [
     "BytePairs",
     "Tokenizer",
     "UnknownCharacterError",
+    "check_size",
     "fixed_vocab_size",
+    "lacking",
 ]
 
 SPECIAL_TOKENS = (
@@ -70,6 +73,9 @@ MAX_RUN = 10_000
 # From where a run begins: one that is tried from each of its characters would take the square of its length.
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1},}}|(?<!\s)\s{{{MAX_RUN + 1},}}")
 
+# Of characters that an alphabet lacks, how many are named; and the longest alphabet that is written out for the user.
+NAMED, WRITTEN = 10, 1_000
+
 CONTROLS = {"\t": "TAB", "\n": "LINE FEED", "\r": "CARRIAGE RETURN"}  # to which Unicode gives no names but aliases
 
 META_FILE, RANKS_FILE, BYTES_FILE = "tokenizer_meta.json", "ranks.tiktoken", "token_bytes.npy"
@@ -86,11 +92,24 @@ class UnknownCharacterError(ValueError):
     """A text has a character that the alphabet of `chars` lacks: `character`, and its index `position` in the text."""
 
     def __init__(self, character: str, position: int) -> None:
-        super().__init__(
-            f"character {named(character)} at position {position} is not in the alphabet: "
-            f"add it to tokenizer.alphabet or take it out of the text"
-        )
+        super().__init__(f"character {named(character)} at position {position} is not in the alphabet")
         self.character, self.position = character, position
+
+
+def lacking(alphabet: str, found: Mapping[str, str]) -> str:
+    """What to say where the alphabet of `chars` lacks characters, given with where they are `found`: which these are,
+    and the ways out. The alphabet that has them too is written as a shell and --set read it."""
+    shown = [f"{named(character)} in {found[character]}" for character in sorted(found)[:NAMED]]
+    if len(found) > NAMED:
+        shown.append(f"and {len(found) - NAMED:,} more")
+    whole = alphabet + "".join(sorted(c for c in found if valid(c) == c))  # half a surrogate pair cannot be written
+    plain = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in whole)
+    quoted = shlex.quote(f'tokenizer.alphabet="{plain}"') if len(whole) <= WRITTEN else "tokenizer.alphabet=..."
+    return (
+        f"the alphabet of the tokenizer `chars` lacks {', '.join(shown)}: take another --tokenizer, such as bpe, or "
+        "give all the characters there are, with a new --name or with --force tokenizer --force base, as "
+        f"--set {quoted}"
+    )
 
 
 class Tokenizer(ABC):
@@ -100,6 +119,7 @@ class Tokenizer(ABC):
     """
 
     kind: ClassVar[str]
+    alphabet = ""  # the only characters that it can write; of all but `chars` every text can be written
 
     def __init__(self, special: dict[str, int], token_bytes: np.ndarray) -> None:
         self._special = special
@@ -111,9 +131,7 @@ class Tokenizer(ABC):
 
         Raises ValueError when `vocab_size` cannot hold the 256 bytes and the special tokens.
         """
-        least = 256 + len(SPECIAL_TOKENS)
-        if vocab_size < least:
-            raise ValueError(f"vocab_size {vocab_size} is too small: it holds at least {least} (bytes, special tokens)")
+        check_size(vocab_size)
         trainer = rustbpe.Tokenizer()
         pieces = (piece for text in texts for piece in _bounded(valid(text)))
         trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
@@ -206,6 +224,13 @@ class Tokenizer(ABC):
     @property
     def bos(self) -> int:
         return self._special["<|bos|>"]
+
+
+def check_size(vocab_size: int) -> None:
+    """Raises ValueError when it cannot hold the 256 bytes and the special tokens."""
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size {vocab_size} is too small: it holds at least {least} (bytes, special tokens)")
 
 
 def fixed_vocab_size(source: str, alphabet: str) -> int | None:
@@ -378,7 +403,7 @@ class _Characters(Tokenizer):
         special |= {f"<|reserved_{i}|>": i for i in range(used, size)}
         sizes = [len(character.encode()) for character in alphabet]
         super().__init__(special, np.array(sizes + [0] * len(special), dtype=np.int32))
-        self._alphabet = alphabet
+        self.alphabet = alphabet
         self._names = [*alphabet, *special]
         codes = _code_points(alphabet)
         self._ids = np.full(int(codes.max()) + 2, -1, dtype=np.int64)  # the last place is for all beyond the alphabet
@@ -389,14 +414,14 @@ class _Characters(Tokenizer):
         return cls(meta["alphabet"])
 
     def _state(self, directory: Path) -> dict[str, Any]:
-        return {"alphabet": self._alphabet}
+        return {"alphabet": self.alphabet}
 
     def _fast(self) -> Any:
         from tokenizers import Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as FastTokenizer
 
         # a vocabulary of whole words without one for the unknown: it refuses other characters, as `encode_array` does
-        fast = FastTokenizer(models.WordLevel({character: i for i, character in enumerate(self._alphabet)}))
+        fast = FastTokenizer(models.WordLevel({character: i for i, character in enumerate(self.alphabet)}))
         fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         fast.decoder = decoders.Fuse()
         return _add_special(fast, self._special)

@@ -7,12 +7,16 @@ Only files of this machine are looked at, and only their names, sizes and first 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from typing import get_args
 
-from corpus.left_out import UnusableError
+from corpus.left_out import UnusableError, reasons
 from corpus.sources import KINDS, PLAIN, ROW_KINDS, SYNTHETIC, characters, local_files, read_unit, units
+from corpus.synthetic import Split
+from corpus.tokenizers import check_size, lacking
 from pipeline.config import Config, ConfigError
 from pipeline.scaling import (
     CHARACTERS_PER_TOKEN,
@@ -25,12 +29,15 @@ from pipeline.scaling import (
     small_batch,
 )
 from stages.config import NONE, DataConfig
+from stages.conversations import characters_of
 from tasks.core import Bundle
+from tasks.gsm8k import GSM8K
 from tasks.mixture import Part, conversations, spec_of
 from tasks.suite import chosen, suite
 
 LONG_MID = 5  # times the tokens of base
 FIRST_FILES, FIRST_RECORDS = 100, 1_000  # of a corpus, and of a set of conversations
+SMALL = 16 << 20  # characters of a corpus all of which may be read
 DAMAGED = ("not_json", "invalid_utf8", "too_long")  # such records say nothing of the form of the others
 
 
@@ -43,7 +50,7 @@ def check_inputs(config: Config, stages: Collection[str]) -> None:
         except (ValueError, OSError) as error:
             raise ConfigError(f"{flag}: {error}") from error
     if "ingest" in stages:
-        check_size(config)
+        check_text(config)
     if "base" in stages and config.base.core_every and config.evaluate.data is not None:
         try:
             Bundle(config.evaluate.data)
@@ -57,7 +64,7 @@ def check_inputs(config: Config, stages: Collection[str]) -> None:
             raise ConfigError(f"--evals {tasks}: {error}") from error
 
 
-def check_size(config: Config) -> None:
+def check_text(config: Config) -> None:
     """Raises ConfigError for text of this machine that cannot fill a row, whatever the tokenizer."""
     files, wanted = local_files(config.data.corpus, kinds=KINDS) or [], config.model.sequence_len + 1
     size = sum(os.path.getsize(file) for file in files)
@@ -73,35 +80,41 @@ def _inputs(config: Config, stages: Collection[str]) -> Iterator[tuple[str, Call
     data = config.data
     if "ingest" in stages or ("tokenizer" in stages and config.tokenizer.learned):
         yield "--corpus", partial(_look_at_corpus, data)
+    if "tokenizer" in stages and config.tokenizer.source == "bpe":
+        yield "--set model.vocab_size", partial(check_size, config.model.vocab_size)
     if "conversations" not in stages:
         return
     if data.gsm8k not in (NONE, SYNTHETIC):
         for split in ("train", "test"):
             yield "--gsm8k", partial(_look_at_part, Part(source=data.gsm8k, format="gsm8k", split=split))
+    for stage, name, part in _parts(data):
+        flag = {data.chat: "--chat", data.gsm8k: "--gsm8k"}.get(part.source, f"data.{stage}.{name}.source")
+        yield flag, partial(_look_at_part, part)
     for stage, parts in (("mid", data.mid), ("sft", data.sft)):
-        for name, part in parts.items():
-            flag = {data.chat: "--chat", data.gsm8k: "--gsm8k"}.get(part.source, f"data.{stage}.{name}.source")
-            yield flag, partial(_look_at_part, part)
+        yield f"data.{stage}", partial(_look_at_mixture, list(parts.values()))
+    if config.tokenizer.source == "chars" and "tokenizer" in stages:
+        yield "--tokenizer", partial(_look_at_characters, config, stages)
 
 
 def _look_at_corpus(data: DataConfig) -> None:
-    """As ingest reads it: the columns of every Parquet file, and of the first JSONL files the first record."""
+    """As ingest reads it: the columns of every Parquet file, of the first JSONL files the first record, and of a small
+    corpus as much as it takes to find a document."""
     if local_files(data.corpus) is None:
         return
     found = units(data.corpus, shards=data.shards, text_column=data.text_column)
     for unit in islice((u for u in found if u["kind"] == "jsonl" and not u.get("start")), FIRST_FILES):
         next(read_unit(unit), None)
+    left_out: Counter[str] = Counter()
+    if (size := characters(data.corpus, shards=data.shards)) is None or size > SMALL:
+        return
+    if not any(True for unit in found for _ in read_unit(unit, left_out)):
+        raise ValueError(f"{data.corpus} holds no documents: all are left out, {reasons(left_out)}")
 
 
 def _look_at_part(part: Part) -> None:
     """Raises the first fault where of the first records none is of the part's format. What is damaged, and single
     records of another form, are told by the stage, which goes on with the others."""
-    spec = part.source if part.format == "spelling" else spec_of(part)
-    if (
-        spec is None
-        or "://" in spec
-        or (part.format != "spelling" and local_files(spec, part.split, ROW_KINDS) is None)
-    ):
+    if not _is_here(part):
         return
     faults = []
     for found in islice(conversations(part, seed=0), FIRST_RECORDS):
@@ -111,6 +124,75 @@ def _look_at_part(part: Part) -> None:
             faults.append(found)
     if faults:
         raise faults[0]
+
+
+def _look_at_mixture(parts: Sequence[Part]) -> None:
+    """Raises ValueError where a mixture of files of this machine has no two conversations that differ."""
+    seen: set[str] = set()
+    left_out: Counter[str] = Counter()
+    for part in parts:
+        found = list(islice(conversations(part, seed=0), FIRST_RECORDS)) if _is_here(part) else []
+        seen |= {repr(conversation) for conversation in found if not isinstance(conversation, UnusableError)}
+        left_out.update(fault.reason for fault in found if isinstance(fault, UnusableError))
+        if len(seen) > 1 or len(found) in (0, FIRST_RECORDS):  # or there may be more
+            return
+    if parts:
+        why = f"; left out are {reasons(left_out)}" if left_out else ""
+        raise ValueError(
+            f"two conversations that differ are needed, one of them for validation, and there is {len(seen)}{why}: "
+            "give more with --chat"
+        )
+
+
+def _parts(data: DataConfig) -> Iterator[tuple[str, str, Part]]:
+    """(stage, name, part) of all that mid and SFT train on."""
+    for stage, parts in (("mid", data.mid), ("sft", data.sft)):
+        yield from ((stage, name, part) for name, part in parts.items())
+
+
+def _is_here(part: Part) -> bool:
+    """Whether the part's records are in files of this machine."""
+    if part.format == "spelling":
+        return "://" not in part.source
+    spec = spec_of(part)
+    return spec is not None and "://" not in spec and local_files(spec, part.split, ROW_KINDS) is not None
+
+
+def _look_at_characters(config: Config, stages: Collection[str]) -> None:
+    """Raises ValueError for characters of the first conversations, and of the problems that these stages ask, which
+    `chars` will lack. The stage looks at all conversations, and at those that are not on this machine."""
+    data = config.data
+    alphabet = config.tokenizer.alphabet or _characters(data)
+    if alphabet is None:
+        return
+    found: dict[str, str] = {}
+    for stage, name, part in _parts(data):
+        if _is_here(part) or part.source == SYNTHETIC:
+            first = part.model_copy(update={"rows": min(part.rows or FIRST_RECORDS, FIRST_RECORDS), "repeats": 1})
+            for number, conversation in enumerate(conversations(first, config.seed), 1):
+                for character in characters_of(conversation).difference(alphabet):
+                    found.setdefault(character, f"data.{stage}.{name}, conversation {number:,}")
+    asking = config.rl.environment is None and not {"evaluate_mid", "evaluate_sft", "rl"}.isdisjoint(stages)
+    if asking and data.gsm8k not in (NONE, SYNTHETIC) and _is_here(Part(source=data.gsm8k, format="gsm8k")):
+        for split in get_args(Split):
+            for number, problem in enumerate(GSM8K(data.gsm8k).stream(split), 1):
+                for character in set(problem.question).difference(alphabet):
+                    found.setdefault(character, f"--gsm8k, {split} problem {number:,}")
+    if found:
+        raise ValueError(lacking(alphabet, found))
+
+
+def _characters(data: DataConfig) -> str | None:
+    """Those of a small corpus of this machine, all of which is read; None of any other."""
+    size = characters(data.corpus, shards=data.shards)
+    if size is None or size > SMALL or data.max_documents is not None:
+        return None
+    found: set[str] = set()
+    documents = data.text_documents  # lines have no line breaks
+    for unit in units(data.corpus, shards=data.shards, text_column=data.text_column, text_documents=documents):
+        for document in read_unit(unit):
+            found.update(document.text)
+    return "".join(sorted(found))
 
 
 def proportions(config: Config, stages: Collection[str], tokens: int | None = None) -> Iterator[str]:

@@ -129,18 +129,8 @@ def execute(
         asks = ", which asks for the token that `ray get-auth-token` prints" if token_asked() else ""
         say(console, f"dashboard {dashboard}{asks}")
     devices = resources()
-    there = devices.gpus if devices.kind == "cuda" else devices.cpus
-    if config.workers[0] > there:
-        what = "GPUs" if devices.kind == "cuda" else "CPU cores"
-        asked = config.workers[0]
-        whose = (
-            f", the preset {config.preset}'s,"
-            if config.preset and asked == load_config(config.preset).workers[0]
-            else ""
-        )
-        raise StageError(
-            f"--workers {asked}{whose} needs as many {what}; this cluster has {there}: add --workers {there}"
-        )
+    there, what = (devices.gpus, "GPUs") if devices.kind == "cuda" else (devices.cpus, "CPU cores")
+    check_workers(config, there, what, "cluster")
     check_heads(config, devices.kind, to_do)
     for name in TRAINING:
         store.stage(name).delete(STOP)
@@ -173,12 +163,24 @@ def execute(
 
 
 def check_here(config: Config, stages: Sequence[str]) -> bool:
-    """Whether inputs are on this machine and not on some cluster's; raises ConfigError for one of these stages' that
-    cannot serve."""
+    """Whether the run is on this machine and not on some cluster. If so, raises ConfigError for an input of these
+    stages that cannot serve, and StageError for more workers than it could have."""
     here = not os.environ.get("RAY_ADDRESS")
     if here:
+        check_workers(config, os.cpu_count() or 1, "CPU cores", "machine")  # of which there are no fewer than GPUs
         check_inputs(config, stages)
     return here
+
+
+def check_workers(config: Config, there: int, what: str, where: str) -> None:
+    """Raises StageError where --workers asks for more than are there."""
+    asked = config.workers[0]
+    if asked > there:
+        of_preset = config.preset and asked == load_config(config.preset).workers[0]
+        whose = f", the preset {config.preset}'s," if of_preset else ""
+        raise StageError(
+            f"--workers {asked}{whose} needs as many {what}; this {where} has {there}: add --workers {there}"
+        )
 
 
 def note_end(store: RunStore, name: str, reference: Any) -> None:

@@ -116,7 +116,7 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         and (most_read := most_tokens(data["characters"], config["tokenizer"]["source"])) < wanted
     ):
         wanted = most_read
-        batch = min(TOTAL_BATCH_SIZE["base"] // length * length, small_batch(wanted, length, most))
+        batch = min(max(1, TOTAL_BATCH_SIZE["base"] // length) * length, small_batch(wanted, length, most))
         config = config | {"base": config["base"] | {"total_batch_size": config["base"]["total_batch_size"] or batch}}
     for stage, tokens in TOTAL_BATCH_SIZE.items():
         train = dict(config[stage])

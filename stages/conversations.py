@@ -15,20 +15,20 @@ from typing import Any, get_args
 
 import numpy as np
 
-from corpus.conversation import answers, render
+from corpus.conversation import answers, render, texts
 from corpus.left_out import UnusableError, counted, lines, reasons, skipped
 from corpus.packing import Document as Packed
 from corpus.packing import pack
 from corpus.rows import Index, RowWriter
 from corpus.sources import ROW_KINDS, SYNTHETIC, changed_text, skipped_files, stamps
 from corpus.synthetic import Split
-from corpus.tokenizers import Tokenizer, UnknownCharacterError
+from corpus.tokenizers import Tokenizer, lacking
 from stages.config import NONE, DataConfig
 from stages.context import StageContext
 from tasks.arithmetic import Arithmetic
 from tasks.base import Problem
 from tasks.gsm8k import GSM8K
-from tasks.mixture import Part, beyond, digest_of, mixture, sizes
+from tasks.mixture import Found, Part, beyond, digest_of, mixture, sizes
 
 HOLD_OUT_EVERY = 10  # at most one conversation in so many is held out
 
@@ -49,6 +49,8 @@ def run(context: StageContext, data: DataConfig, sequence_len: int, seed: int) -
     sources = [part for part in data.sources() if part.source != data.corpus]
     check_unchanged(sources, data.digests)
     tokenizer = Tokenizer.load(context.fetch("tokenizer"))
+    if tokenizer.alphabet:
+        check_characters(tokenizer.alphabet, mixtures, seed)
     own = [*data.mid.values(), *data.sft.values()]
     records = sorted({part.source for part in own if part.format in ("chat", "choices")})
     before = {source: stamps(source, kinds=ROW_KINDS) for source in records}
@@ -68,6 +70,28 @@ def run(context: StageContext, data: DataConfig, sequence_len: int, seed: int) -
             if changed := set(files.items()) ^ set(stamps(source, kinds=ROW_KINDS).items()):
                 raise ValueError(changed_text(min(changed)[0]))
         context.publish(directory, figures, time.monotonic() - began, stats)
+
+
+def check_characters(alphabet: str, mixtures: dict[str, dict[str, Part]], seed: int) -> None:
+    """Raises ValueError where conversations have characters that the alphabet of `chars` lacks: for all of them, so
+    that they can be added at once."""
+    known, found = set(alphabet), dict[str, str]()
+    for stage, parts in mixtures.items():
+        read: Counter[str] = Counter()
+        for name, conversation in mixture(parts, seed):
+            read[name] += 1
+            for character in characters_of(conversation) - known:
+                found.setdefault(character, f"data.{stage}.{name}, conversation {read[name]:,}")
+    if found:
+        raise ValueError(lacking(alphabet, found))
+
+
+def characters_of(conversation: Found) -> set[str]:
+    """Those of all that is said in it; none where it cannot be used."""
+    try:
+        return set() if isinstance(conversation, UnusableError) else set("".join(texts(conversation)))
+    except UnusableError:
+        return set()
 
 
 def tell_skipped(context: StageContext, sources: Sequence[str], kinds: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -138,8 +162,6 @@ def ingest_mixture(
                     raise found
                 ids, mask = render(found, tokenizer, row_len)
                 shortened[name] += int((ids == end).sum()) < answers(found)
-            except UnknownCharacterError as error:
-                raise ValueError(f"data.{stage}.{name}, conversation {read[name]}: {error}") from error
             except UnusableError as error:
                 left_out[name][error.reason] += 1
                 examples[name].setdefault(error.reason, f"conversation {read[name]:,}: {error}")

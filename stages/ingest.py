@@ -30,7 +30,7 @@ from corpus.packing import Document as Packed
 from corpus.packing import Packing, pack
 from corpus.rows import ROWS_FILE, write_index
 from corpus.sources import KINDS, Document, Unit, changed_text, read_unit, units
-from corpus.tokenizers import Tokenizer, UnknownCharacterError
+from corpus.tokenizers import Tokenizer, UnknownCharacterError, lacking
 from stages.config import DataConfig, IngestConfig
 from stages.context import PROGRESS, StageContext
 from stages.context import Progress as Said
@@ -96,8 +96,8 @@ def run(context: StageContext, data: DataConfig, config: IngestConfig, sequence_
     stats["skipped"] = skipped
     figures = {name: stats[name] for name in ("documents", "tokens", "characters_per_token", "cropped_share", "rows")}
     if (share := stats["validation_share"]) > MOST:
-        more = f"{share:.0%} of the corpus is held out for validation, which needs one row at least: give more text"
-        stats["notes"] = [more]
+        more = f"{share:.0%} of the corpus is held out for validation: whole documents, and one row at least; give more"
+        stats["notes"] = [f"{more} text"]
     elif share < min(LEAST, data.validation_chars / max(1, stats["characters"]) / 2):
         less = (
             f"only {share:.2%} of the corpus is held out for validation, as documents of half a million characters are "
@@ -247,8 +247,12 @@ def pack_shard(row: dict[str, Any], context: StageContext, data: DataConfig, pac
     lengths: Counter[int] = Counter()
     held_out: list[Packed] = []
     choice = held_out_of(shard, data)
-    share = min(data.validation_share * (shard["total"] or 0), data.validation_chars)  # characters of the corpus
-    wanted = max(row_len, int(share / CHARS_PER_TOKEN))
+
+    def wanted(total: float) -> int:
+        """Tokens to hold out of a corpus of so many characters."""
+        return max(row_len, int(min(data.validation_share * total, data.validation_chars) / CHARS_PER_TOKEN))
+
+    most = wanted(shard["total"] or math.inf)
 
     def training() -> Iterator[Packed]:
         """What is held out goes to the side as it comes by. From the first shard that is one row at least: else its
@@ -258,16 +262,16 @@ def pack_shard(row: dict[str, Any], context: StageContext, data: DataConfig, pac
         for ids in chosen():
             waiting.append(ids)
             tokens += len(ids)
-            while shard["number"] or tokens - len(waiting[0]) >= wanted:
+            while shard["number"] or tokens - len(waiting[0]) >= most:
                 tokens -= len(waiting[0])
                 yield waiting.popleft(), None
                 if not waiting:
                     break
         there = sum(len(ids) for ids, _ in held_out)
-        few = there < min(
-            LEAST * counts["tokens"], choice.most / CHARS_PER_TOKEN / 2
-        )  # the rest is too long to be taken
-        missing = (wanted if few else row_len) - there
+        # the rest is too long to be taken
+        few = there < min(LEAST * counts["tokens"], choice.most / CHARS_PER_TOKEN / 2)
+        total = shard["total"] or shard["of"] * counts["characters"]  # nobody knows that of the hub's
+        missing = (wanted(total) if few else row_len) - there
         while waiting and missing > 0:
             ids = waiting.pop()
             if len(ids) > 2 * missing:
@@ -318,8 +322,12 @@ def encoded(document: Document, tokenizer: Tokenizer) -> np.ndarray:
     try:
         ids = tokenizer.encode_array(document.text)
     except UnknownCharacterError as error:
-        within = document.text.count("\n", 0, error.position) if document.source.lower().endswith(".txt") else 0
-        raise ValueError(f"{document.source}, line {document.line + within}: {error}") from error
+        unknown = {}
+        for character in set(document.text) - set(tokenizer.alphabet):
+            before, _, _ = document.text.partition(character)
+            within = before.count("\n") if document.source.lower().endswith(".txt") else 0
+            unknown[character] = f"{document.source}, line {document.line + within}"
+        raise ValueError(lacking(tokenizer.alphabet, unknown)) from error
     return np.concatenate([np.array([tokenizer.bos], dtype=ids.dtype), ids])
 
 

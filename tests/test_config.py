@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
-from corpus.tokenizers import Tokenizer
+from corpus.tokenizers import Tokenizer, lacking
 from pipeline import cli, plan, run
 from pipeline import config as configuration
 from pipeline.artifacts import RunStore
@@ -120,6 +121,15 @@ def test_the_white_space_of_text_is_kept(alphabet: str) -> None:
     assert given(json.dumps(alphabet)) == alphabet, "as TOML writes it"
     assert given(alphabet) == alphabet
     assert parsed("--set", " base.schedule = cosine ", "--set", "seed= 3 ").base.schedule == "cosine"
+
+
+@given(st.text(min_size=1).map(lambda text: "".join(dict.fromkeys(text))), st.sets(st.characters(), min_size=1))
+def test_the_alphabet_that_is_advised_is_read_as_it_is_meant(alphabet: str, lacks: set[str]) -> None:
+    """Pasted into a shell, quotes, line breaks and all that is not printed included."""
+    found = dict.fromkeys(lacks - set(alphabet), "chats.jsonl")
+    *_, flag, setting = shlex.split(lacking(alphabet, found))
+    read = parsed("--set", "tokenizer.source=chars", flag, setting).tokenizer.alphabet
+    assert read == alphabet + "".join(sorted(found))
 
 
 def test_a_part_goes_where_one_is_there_whoever_named_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import urllib.error
 import urllib.request
 import uuid
@@ -32,6 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "chat.json").write_text(json.dumps([{"prompt": "to be?", "response": "or not"}]))
     lines = ({"prompt": f"How many are {i} and 1?", "response": f"It is {i + 1}."} for i in range(200))
     (path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ({"prompt": "A word?", "response": word} for word in ("tea", "caf\u00e9"))
+    (path / "accents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in words))
+    (path / "one.jsonl").write_text(json.dumps({"prompt": "A word?", "response": "tea"}))
+    (path / "latin.txt").write_bytes("na\u00efve caf\u00e9\n\n".encode("latin-1") * 1_000)
     return path
 
 
@@ -54,7 +59,20 @@ ANSWERED: dict[str, tuple[int, str]] = {
     ),
     "run --depth two": (2, r"argument --depth: invalid int value: 'two'"),
     "run --depth 2 --corpus note.txt": (1, r"--corpus: .*note\.txt holds 21 bytes, .*--set model\.sequence_len"),
+    "run --depth 2 --corpus latin.txt": (1, r"--corpus: .*latin\.txt holds no documents: .*not UTF-8"),
+    "run --depth 2 --corpus plays.txt --set model.sequence_len=9000000": (1, r"--corpus: .*--set model\.sequence_len"),
+    "run --depth 2 --corpus plays.txt --set model.vocab_size=99": (1, r"--set model\.vocab_size: .* at least 265"),
+    "run --depth 2 --corpus plays.txt --workers 256": (1, r"--workers 256 needs .*: add --workers \d+"),
+    "run --depth 2 --corpus plays.txt --chat one.jsonl --gsm8k none": (
+        1,
+        r"two conversations .* there is 1: give more with --chat",
+    ),
     "run --depth 2 --corpus plays.txt --chat chat.json": (1, r"--chat: .*chat\.json is of no kind .*\.jsonl"),
+    "run --depth 2 --corpus plays.txt --chat accents.jsonl --gsm8k none --tokenizer chars": (
+        1,
+        r"--tokenizer: .* 'é' \(LATIN SMALL LETTER E WITH ACUTE, U\+00E9\) in data\.mid\.chat, conversation 2: take .* "
+        r"--tokenizer, .* --name or with --force tokenizer --force base, as --set 'tokenizer\.alphabet=.*é\"'",
+    ),
     "run --depth 2 --corpus plays.txt --until rl": (1, r"--until rl: this run has no such stage; .*RL --with-rl"),
     "data inspect plays": (1, r"no run 'plays': .*see --storage"),
     "run --depth 2 --corpus plays.txt --chat none --gsm8k none --dry-run": (
@@ -139,6 +157,23 @@ def test_characters_and_chats_without_problems_train_and_are_measured(folder: Pa
         assert all(len(explanations(f"evaluate_{stage}", name)) == 1 for name in expected)
     assert figures["evaluate_sft"]["val_bpb_sft_full"] != figures["evaluate_sft"]["val_bpb_sft_whole_full"]
     assert "val_bpb_sft_full" in result.output
+
+
+def test_what_is_told_of_a_lacking_character_mends_a_run_that_has_begun(folder: Path, tmp_path: Path) -> None:
+    """It is behind those that are read before Ray starts; base is made by then, and made again."""
+    lines = [{"prompt": f"How many are {i} and 1?", "response": f"It is {i + 1}."} for i in range(1_000)]
+    lines.append({"prompt": "A word?", "response": "It is caf\u00e9."})
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chats = ["--chat", str(tmp_path / "chats.jsonl"), "--gsm8k", "none", "--tokenizer", "chars"]
+    until = ["--until", "conversations", *flags(SMALL)]
+    made = Run(tmp_path, "word", ["--depth", "2", "--corpus", str(folder / "plays.txt"), *chats, *until])
+    failed = made.go()
+    assert failed.code == 1 and made.states()["base"] == "done", failed.output
+    *_, told = re.findall(r"lacks 'é' .* conversation 1,001: .* --force base, as (--set '.*')", failed.output)
+    mended = made.go(*shlex.split(told), "--force", "tokenizer", "--force", "base")
+    assert mended.code == 0, mended.output
+    states = made.states()
+    assert all(states[stage] == "done" for stage in ("tokenizer", "ingest", "base", "evaluate_base", "conversations"))
 
 
 def validation_share(made: Run) -> float:

@@ -38,7 +38,7 @@ from stages import conversations, ingest
 from stages import tokenizer as tokenizer_stage
 from stages.config import DataConfig, IngestConfig, TokenizerConfig
 from stages.context import GROWING, PROGRESS, SOURCES, StageContext
-from stages.conversations import ingest_mixture, task_problems, write_problems
+from stages.conversations import check_characters, ingest_mixture, task_problems, write_problems
 from stages.growing import NOTES, note_path, open_rows, read_notes, wait_until_made
 from stages.held_out import HeldOut
 from tasks.base import Problem
@@ -294,12 +294,30 @@ def test_an_unknown_character_is_named_with_its_file_and_line(tmp_path: Path, ra
     lines = [json.dumps({"text": f"{i}+{i}={2 * i}\n" * 9}) for i in range(30)]
     lines[20] = json.dumps({"text": "1+1=two"})
     (directory / "sums.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"^/.*sums\.jsonl, line 21: character 't' .*U\+0074.*alphabet"):
+    with pytest.raises(ValueError, match=r" 't' \(LATIN SMALL LETTER T, U\+0074\) in /.*sums\.jsonl, line 21, 'w' "):
         ingested(tmp_path / "run", chars.storage, directory)
     (directory / "sums.jsonl").rename(directory / "unread")
     (directory / "sums.txt").write_text("1+1=2\n" * 7 + "1+1=x\n")
-    with pytest.raises(ValueError, match=r"sums\.txt, line 8: character 'x'"):
+    with pytest.raises(ValueError, match=r"'x' .* in /.*sums\.txt, line 8: take"):
         ingested(tmp_path / "run", chars.storage, directory)
+
+
+def test_all_characters_that_conversations_lack_are_told_at_once(tmp_path: Path) -> None:
+    said = {"mid": ["it is", "is \u00e9", "is \u00e9 \n"], "sft": ["it", "\u00a3"]}
+    mixtures = {}
+    for stage, answers in said.items():
+        (tmp_path / stage).with_suffix(".jsonl").write_text(
+            "".join(json.dumps({"prompt": "is it", "response": answer}) + "\n" for answer in answers)
+        )
+        mixtures[stage] = {"own": Part(source=str((tmp_path / stage).with_suffix(".jsonl")))}
+    with pytest.raises(ValueError) as caught:
+        check_characters(" ist", mixtures, 0)
+    assert re.findall(r"'(\S+)' \(.*?\) in (\S+ \S+ \d)", str(caught.value)) == [
+        ("\\n", "data.mid.own, conversation 3"),
+        ("\u00a3", "data.sft.own, conversation 2"),
+        ("\u00e9", "data.mid.own, conversation 2"),
+    ]
+    check_characters(" ist\u00e9\u00a3\n", mixtures, 0)
 
 
 def test_best_fit_on_novels_pads_nothing_and_leaves_out_only_the_last_row(shared_data: Path) -> None:
@@ -630,22 +648,41 @@ def test_a_single_file_of_any_form_trains_and_holds_out_a_share(
         assert (0.01 if form == "a.txt" else 0.001) < stats["validation_share"] < 0.1
 
 
-@pytest.mark.parametrize("short", [0, 40])
+@pytest.mark.parametrize("place", ["here", "hub"])
+@pytest.mark.parametrize("lines, short", [(16_000, 0), (16_000, 40), (8_000, 0)])
 def test_of_a_few_very_long_documents_a_share_is_held_out_too(
-    tmp_path: Path, tokenizer: Storage, monkeypatch: pytest.MonkeyPatch, short: int
+    tmp_path: Path, tokenizer: Storage, monkeypatch: pytest.MonkeyPatch, place: str, lines: int, short: int
 ) -> None:
+    """Each a whole book, in two files; of the hub's files, which are not opened before, the size is not known."""
     monkeypatch.setattr(ingest, "in_parallel", here)
-    long = [f"the quick brown fox {i} jumps over the lazy dog\n" * 16_000 for i in range(4)]
-    texts = long + [f"a fox {i}" for i in range(short)]
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    _, stats = ingested(tmp_path / "run", tokenizer, tmp_path / "long.jsonl", shard_bytes=1 << 20)
-    assert 0.01 < stats["validation_share"] < 0.1 and "notes" not in stats
+    if place == "hub":
+
+        def unsized(*where: Any, **how: Any) -> list[dict[str, Any]]:
+            known = ("bytes", "size", "changed")
+            return [{key: unit[key] for key in unit if key not in known} for unit in units(*where, **how)]
+
+        monkeypatch.setattr(ingest, "units", unsized)
+    for file in range(2):
+        texts = [f"the quick brown fox {i} jumps over {file}\n" * lines for i in range(4)]
+        texts += [f"a fox {file} {i}" for i in range(short)]
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{file}.parquet")
+    _, stats = ingested(tmp_path / "run", tokenizer, tmp_path / "*.parquet", shard_bytes=1 << 20)
+    assert 0.01 < stats["validation_share"] < 0.1
 
 
-def test_a_text_file_compresses_as_its_paragraphs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own tokenizer included, which sees all of either."""
+@pytest.mark.parametrize("text", ["made here", "a novel"])
+def test_a_text_file_compresses_as_its_paragraphs_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, text: str
+) -> None:
+    """Its own tokenizer included, which sees all of either. Of about a megabyte."""
     monkeypatch.setattr(ingest, "in_parallel", here)
-    paragraphs = [text.replace("\n\n", "\n") for text in synthetic.documents(0, 3_200, 0)]  # of about a megabyte
+    if text == "a novel":
+        novels = request.getfixturevalue("shared_data") / "novels"
+        parts = pq.read_table(novels, filters=[("book", "==", "Woolf_Night_1919")]).sort_by("part")["text"].to_pylist()
+        paragraphs = [paragraph for part in parts for paragraph in part.split("\n\n") if paragraph.strip()]
+        assert len(paragraphs) > 1_000 and sum(map(len, paragraphs)) > 900_000
+    else:
+        paragraphs = [text.replace("\n\n", "\n") for text in synthetic.documents(0, 3_200, 0)]
     (tmp_path / "whole.txt").write_text("\n\n".join(paragraphs))
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs))
     compressed = {}

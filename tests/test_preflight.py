@@ -14,7 +14,7 @@ from runs import fathom, one_clear_message
 
 from pipeline import cli
 from pipeline.artifacts import RunStore
-from pipeline.config import identity_of, load_config, size_before
+from pipeline.config import ConfigError, identity_of, load_config, size_before
 from pipeline.preflight import check_inputs, proportions
 
 PRETRAINING = ("tokenizer", "ingest", "base", "evaluate_base")
@@ -78,11 +78,15 @@ def test_what_is_made_or_lies_elsewhere_is_not_looked_at() -> None:
 
 def test_single_records_of_another_form_and_damage_are_left_to_the_stage(tmp_path: Path) -> None:
     chats, damaged = tmp_path / "chats.jsonl", tmp_path / "damaged.jsonl"
-    chats.write_text('{"body": ""}\n' * 100 + '{"prompt": "to be?", "response": "or not"}\n')
-    damaged.write_text("no JSON\n")
+    good = [json.dumps({"prompt": "to be?", "response": answer}) + "\n" for answer in ("or not", "that is")]
+    chats.write_text('{"body": ""}\n' * 100 + "".join(good))
+    damaged.write_text("no JSON\n" * 1_000 + "".join(good))
     for chat in (chats, damaged):
         config = load_config(None, {"data": {"corpus": "synthetic", "chat": str(chat), "gsm8k": "none"}})
         check_inputs(config, ["tokenizer", "ingest", "conversations"])
+    damaged.write_text(good[0] * 2 + "no JSON\n" * 3)
+    with pytest.raises(ConfigError, match=r"^data\.mid: two conversations .* is 1; left out are 3 not JSON: give more"):
+        check_inputs(config, ["conversations"])
 
 
 def test_the_passes_over_a_small_corpus_are_told_with_settings_that_mend_it(corpus: Path) -> None:

@@ -3,11 +3,9 @@ hang, or compute with other weights than they should."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +18,9 @@ import numpy as np
 import pytest
 import ray
 import torch
-from openai import APIConnectionError, OpenAI
-from runs import ROOT, Command, environment
+from openai import OpenAI
+from runs import ROOT, environment
+from served import serving
 
 from cluster import manifest as manifests
 from cluster import runtime
@@ -35,7 +34,6 @@ from models.generate import Completion, Turns, generate
 from models.hf import engine_state
 from models.layers import LanguageModel
 from models.spec import ModelSpec
-from models.vllm_engine import CPU_ENV
 from stages.config import EvaluateConfig, RLConfig, TrainConfig
 from stages.context import StageContext
 from stages.evaluate import measure_task, sampling
@@ -619,25 +617,8 @@ def api(taught: LanguageModel, tokenizer: Tokenizer, tmp_path_factory: pytest.Te
     """A client of vLLM's server, started as README says."""
     path = tmp_path_factory.mktemp("served")
     export(taught, tokenizer, path)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    options = ["--port", str(port), "--enable-auto-tool-choice", "--tool-call-parser", "fathom"]
-    options += ["--enforce-eager", "--kv-cache-memory-bytes", "64M"]
-    module = "vllm.entrypoints.openai.api_server"
-    server = Command(sys.executable, "-m", module, "--model", str(path), *options, **CPU_ENV)
-    client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
-
-    def answers() -> bool:
-        with contextlib.suppress(APIConnectionError):
-            return bool(client.models.list().data)
-        return False
-
-    try:
-        assert server.until(answers, 300), server.output()
+    with serving(path, "64M") as client:
         yield client
-    finally:
-        server.kill()
 
 
 def test_a_client_of_openais_api_answers_the_calls(api: OpenAI) -> None:
