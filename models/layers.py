@@ -88,8 +88,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm()
         self.mlp = mlp
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        attend: Attend | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, width) → (B, T, width), or of the places `at` (N,) among the B·T alone (N, width), where no later
+        block needs the others."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        if at is not None:
+            x = x.flatten(0, 1)[at]
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -174,8 +185,15 @@ class LanguageModel(nn.Module):
         x: Tensor = self.model.embed_tokens(ids)
         return x
 
-    def hidden(self, ids: Tensor, positions: Tensor | None = None, attend: Sequence[Attend] | None = None) -> Tensor:
-        """ids (B, T) → normalised residual (B, T, width); ValueError when T is over `spec.sequence_len`.
+    def hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        attend: Sequence[Attend] | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """ids (B, T) → normalised residual (B, T, width), or of the places `at` (N,) among the B·T alone (N, width);
+        ValueError when T is over `spec.sequence_len`.
 
         Rows that are no plain text from its beginning have `positions` (B, T), and what replaces attention among
         their tokens, one for each block.
@@ -191,8 +209,9 @@ class LanguageModel(nn.Module):
             x = self.embed(ids, positions)
         if torch.is_autocast_enabled(x.device.type):  # the residual, too: it is read and written by every product
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        for block, own in zip(self.model.layers, attend or repeat(None), strict=False):
-            x = block(x, cos, sin, own)
+        last = len(self.model.layers) - 1
+        for i, (block, own) in enumerate(zip(self.model.layers, attend or repeat(None), strict=False)):
+            x = block(x, cos, sin, own) if at is None or i < last else block(x, cos, sin, own, at)
         normed: Tensor = self.model.norm(x)
         return normed
 

@@ -31,7 +31,7 @@ from models.layers import LanguageModel
 from models.spec import Family, ModelSpec
 from pipeline.faults import is_users
 from stages.evaluation.measure import Kept
-from stages.evaluation.score import TOKENS_AT_ONCE, Request, Score, batches, grow, score
+from stages.evaluation.score import TREE_TOKENS, Request, Score, batches, grow, score
 from stages.evaluation.text import open_text
 from tasks import arc, mmlu
 from tasks.calculator import calculate
@@ -391,7 +391,7 @@ def test_a_row_never_has_more_tokens_than_a_batch() -> None:
     stem = rng.integers(0, VOCABULARY, 400)
     requests = [Request(np.array([*stem, *rng.integers(0, VOCABULARY, 40)]), 400) for _ in range(400)]
     trees = grow(requests, ModelSpec.from_dial("llama", 16, VOCABULARY, 2048))
-    assert max(tree.size for tree in trees) <= TOKENS_AT_ONCE
+    assert max(tree.size for tree in trees) <= TREE_TOKENS
     assert sum(tree.size for tree in trees) < 20_000  # of 176,000
 
 

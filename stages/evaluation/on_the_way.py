@@ -8,7 +8,7 @@ import torch
 from corpus.tokenizers import Tokenizer
 from models.layers import LanguageModel
 from models.spec import ModelSpec
-from stages.evaluation.score import Request, batches, grow, score
+from stages.evaluation.score import TOKENS_AT_ONCE, Request, batches, grow, score
 from stages.evaluation.text import Ours
 from stages.training.parallel import World, autocast
 from tasks.core import Bundle, core
@@ -41,7 +41,7 @@ class CoreOnTheWay:
                 pairs = zip(question.options, question.starts, strict=True)
                 requests += [Request(np.array(option, dtype=np.int64), start) for option, start in pairs]
         self.count = len(requests)
-        self.batches = list(batches(grow(requests, spec)))[world.rank :: world.size]
+        self.batches = list(batches(grow(requests, spec), TOKENS_AT_ONCE[world.device.type]))[world.rank :: world.size]
 
     def __call__(self, model: LanguageModel) -> dict[str, float]:
         """`val_core`, the mean of the labels' centered accuracies."""

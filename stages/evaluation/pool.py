@@ -13,7 +13,7 @@ import torch
 from cluster.resources import Devices
 from models.hf import from_pretrained, read_spec
 from models.spec import ModelSpec
-from stages.evaluation.score import Request, Score, Tree, batches, grow, score
+from stages.evaluation.score import TOKENS_AT_ONCE, Request, Score, Tree, batches, grow, score
 from stages.rl.rollout import Places
 
 AHEAD = 2  # batches that an actor has, so that none waits for the next
@@ -50,6 +50,7 @@ class ScorePool:
     ) -> None:
         self.spec: ModelSpec = read_spec(fetch())
         on_gpu = devices.kind == "cuda"
+        self._tokens_at_once = TOKENS_AT_ONCE[devices.kind]
         threads = devices.threads(1 if on_gpu else actors)
         precision = resolved(precision, devices)
         options = {"num_gpus": int(on_gpu), "num_cpus": 0, "scheduling_strategy": places}
@@ -83,7 +84,7 @@ class ScorePool:
                 yield key, [of_one for of_one in found if of_one is not None]
 
         for number, (key, requests) in enumerate(jobs):
-            todo = list(batches(grow(requests, self.spec)))
+            todo = list(batches(grow(requests, self.spec), self._tokens_at_once))
             open_jobs[number] = (key, [None] * len(requests), len(todo))
             if not todo:
                 del open_jobs[number]

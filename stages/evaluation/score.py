@@ -20,7 +20,9 @@ from torch import Tensor
 from models.layers import LanguageModel
 from models.spec import ModelSpec
 
-TOKENS_AT_ONCE = 8192  # of a batch, padding included
+# Of a batch, padding included, by the kind of device; on a CPU few enough for its caches.
+TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 2048}
+TREE_TOKENS = 8192
 MASK_BYTES = 1 << 26  # of a batch's attention mask, one byte an entry
 SCORES_AT_ONCE = 1 << 24  # logits in memory at a time, of 4 bytes
 
@@ -105,13 +107,13 @@ def grow(requests: Sequence[Request], spec: ModelSpec) -> list[Tree]:
     for i in order:
         tokens = requests[i].tokens
         joined = trees[-1].size + len(tokens) - trees[-1].shared(tokens) if trees else 0
-        if joined > TOKENS_AT_ONCE or not trees or cost(joined) > cost(trees[-1].size) + cost(len(tokens)):
+        if joined > TREE_TOKENS or not trees or cost(joined) > cost(trees[-1].size) + cost(len(tokens)):
             trees.append(Tree())
         trees[-1].add(i, requests[i])
     return trees
 
 
-def batches(trees: Iterable[Tree], tokens_at_once: int = TOKENS_AT_ONCE) -> Iterator[list[Tree]]:
+def batches(trees: Iterable[Tree], tokens_at_once: int) -> Iterator[list[Tree]]:
     """Trees of like length together, the longest first, so that what does not fit into memory fails at once. Those
     that are one sequence are apart, as plain causal attention serves them."""
     for branches in (True, False):
@@ -134,35 +136,36 @@ def score(model: LanguageModel, batch: Sequence[Tree]) -> dict[int, Score]:
     width = max(tree.size for tree in batch)
     laid = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*(t.laid(width) for t in batch), strict=True))
     ids, positions, ends = laid
-    if any(tree.branches for tree in batch):
-        places = torch.arange(width, device=device)
-        seen = (places[:, None] >= places) & (places[:, None] < ends[:, None])  # (B, T, T): by row, of column
-        attend = partial(_attend, seen[:, None])
-        hidden = model.hidden(ids, positions, [attend] * model.spec.layers)
-    else:
-        hidden = model.hidden(ids)
     reads = [
         (number, targets, row * width + at) for row, tree in enumerate(batch) for number, targets, at in tree.reads
     ]
     numbers, targets, places = zip(*reads, strict=True)
-    losses, greedy = _losses(model, hidden.flatten(0, 1), np.concatenate(places), np.concatenate(targets))
+    once, which = np.unique(np.concatenate(places), return_inverse=True)
+    at = torch.from_numpy(once).to(device)
+    if any(tree.branches for tree in batch):
+        there = torch.arange(width, device=device)
+        seen = (there[:, None] >= there) & (there[:, None] < ends[:, None])  # (B, T, T): by row, of column
+        attend = partial(_attend, seen[:, None])
+        hidden = model.hidden(ids, positions, [attend] * model.spec.layers, at)
+    else:
+        hidden = model.hidden(ids, at=at)
+    losses, greedy = _losses(model, hidden, which, np.concatenate(targets))
     splits = np.cumsum([len(of_one) for of_one in targets])[:-1]
     scored = zip(numbers, np.split(losses, splits), np.split(greedy, splits), strict=True)
     return {number: Score(float(loss.mean()), bool(likeliest.all())) for number, loss, likeliest in scored}
 
 
 def _losses(
-    model: LanguageModel, hidden: Tensor, places: np.ndarray, targets: np.ndarray
+    model: LanguageModel, hidden: Tensor, which: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The loss (N,) of `targets` (N,) after the tokens at `places` (N,) of hidden (T, width), float64 of fp32 values,
-    and whether each is the argmax. A place is scored once, whatever follows it."""
-    once, which = np.unique(places, return_inverse=True)
+    """The loss (N,) of `targets` (N,) after the places `which` (N,) of hidden (P, width), float64 of fp32 values, and
+    whether each is the argmax. A place is scored once, whatever follows it."""
     order = np.argsort(which, kind="stable")
-    losses, greedy = np.zeros(len(places)), np.zeros(len(places), dtype=bool)
+    losses, greedy = np.zeros(len(which)), np.zeros(len(which), dtype=bool)
     step = max(1, SCORES_AT_ONCE // model.spec.vocab_size)
-    for first in range(0, len(once), step):
+    for first in range(0, len(hidden), step):
         mine = order[np.searchsorted(which[order], first) : np.searchsorted(which[order], first + step)]
-        scores = model.scores(hidden[torch.from_numpy(once[first : first + step]).to(hidden.device)])
+        scores = model.scores(hidden[first : first + step])
         rows = torch.from_numpy(which[mine] - first).to(hidden.device)
         wanted = torch.from_numpy(targets[mine]).to(hidden.device)
         losses[mine] = (scores.logsumexp(-1)[rows] - scores[rows, wanted]).double().cpu().numpy()
