@@ -46,6 +46,7 @@ from stages.evaluation.measure import (
     Figures,
     Kept,
     Summary,
+    in_words,
     lacking,
     measure,
     summary,
@@ -244,7 +245,7 @@ def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Cons
             if args.debug:
                 raise
             answered = report.figures | report.faults
-            report.faults |= {task.name: str(error) for task in asked.tasks if task.name not in answered}
+            report.faults |= {task.name: in_words(error) for task in asked.tasks if task.name not in answered}
     order = [task.name for task in asked.tasks if task.name in report.figures]
     report.figures = {name: report.figures[name] for name in order}
     report.examples = {name: report.examples[name] for name in order}

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
+import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ from models.hf import save_pretrained
 from models.layers import LanguageModel
 from models.spec import Family, ModelSpec
 from pipeline.faults import is_users
-from stages.evaluation.measure import Kept, summary
+from stages.evaluation.measure import Kept, in_words, summary
 from stages.evaluation.score import TOKENS_AT_ONCE, Request, Score, batches, grow, score
 from stages.evaluation.stage import told
 from stages.evaluation.text import open_text
@@ -629,3 +630,11 @@ def test_a_score_of_a_part_has_a_star_and_what_is_missing_is_told() -> None:
     assert told(summary(figures, {}, {}), 2) == ["CORE* 0.3333"]
     del figures["label1"]
     assert told(summary(figures, {}, {}), None) == ["CORE* 0.3333 of 21 of 22 tasks"]
+
+
+def test_what_ray_raises_is_told_without_its_traceback() -> None:
+    told_by_ray = 'ray::RolloutActor.__init__()\n  File "engine.py", line 3, in load\nValueError: no head of size 88'
+    error = ray.exceptions.RayTaskError("load", told_by_ray, ValueError("no head of size 88"))
+    assert in_words(error) == "ValueError: no head of size 88"
+    assert in_words(ValueError("a: b\nc")) == "a: b\nc"
+    assert in_words(RuntimeError()) == "RuntimeError"

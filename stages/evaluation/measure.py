@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
+import ray
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from cluster.manifest import informing
@@ -71,6 +72,12 @@ def summary(figures: dict[str, Figures], incomplete: dict[str, str], faults: dic
         found |= {score: mean, f"{score}_low": low, f"{score}_high": high, TOTALS[score][1]: names}
     bpb = figures["perplexity"]["bpb"] if "perplexity" in figures else None
     return found | {"core_incomplete": incomplete, "bpb": bpb, "faults": faults}
+
+
+def in_words(error: Exception) -> str:
+    """Of what Ray raises the last line, which says what happened; the others are a traceback."""
+    said = str(error).strip() or type(error).__name__
+    return said.splitlines()[-1].strip() if isinstance(error, ray.exceptions.RayError) else said
 
 
 def titled(found: Summary, score: str, limit: int | None) -> str:

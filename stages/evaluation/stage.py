@@ -30,6 +30,7 @@ from stages.evaluation.measure import (
     Figures,
     Kept,
     Summary,
+    in_words,
     lacking,
     measure,
     summary,
@@ -166,7 +167,7 @@ class Answers:
                     self.examples += examples
         except (RuntimeError, ray.exceptions.RayError, *FAULTS) as error:
             answered = self.figures | self.faults
-            self.faults |= {task.name: str(error) for task in tasks if task.name not in answered}
+            self.faults |= {task.name: in_words(error) for task in tasks if task.name not in answered}
         for task in tasks:
             if task.name in self.faults:
                 self._context.note(f"{task.name} could not be asked: {self.faults[task.name]}")
