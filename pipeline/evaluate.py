@@ -380,7 +380,9 @@ def parser() -> argparse.ArgumentParser:
     known = f"{', '.join(GROUPS)}, {', '.join(CHATCORE)}, or a label of CORE"
     out.add_argument("--tasks", default="core", help=f"what to ask, with commas between: {known} (default core)")
     out.add_argument(
-        "--eval-data", metavar="PLACE", help="folder or URI with a folder for each data set, or a CORE bundle"
+        "--eval-data",
+        metavar="PLACE",
+        help="folder, URI or hub:OWNER/NAME with a folder a data set, or CORE bundle",
     )
     out.add_argument("--text", metavar="CORPUS", help="the text of perplexity: as for fathom run --corpus")
     out.add_argument("--limit", type=int, metavar="N", help="ask at most N examples a task (default all)")
