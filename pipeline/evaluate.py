@@ -204,8 +204,8 @@ class Report:
         return {"model": self.model.name, **summary(self.figures, self.incomplete, self.faults)}
 
 
-def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Console) -> Report:
-    """Asks a model all of the suite, with a line of progress for each task."""
+def measured(model: Model, shown: str, asked: Suite, args: argparse.Namespace, console: Console) -> Report:
+    """Asks a model all of the suite, with a line of progress, headed `shown`, and one for each task under way."""
     report = Report(model, incomplete=asked.incomplete)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     config, devices = EvaluateConfig(engine=args.engine), resources()
@@ -213,7 +213,7 @@ def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Cons
     kept = Kept(storage, model.digest, precision, args.engine, args.limit)
     actors = devices.gpus or max(1, min(devices.cpus, MOST_ACTORS))
     with Progress(*columns, console=console, transient=True) as bars:
-        whole = bars.add_task("tasks", total=len(asked.tasks))  # whose time left is known, other than a task's
+        whole = bars.add_task(shown, total=len(asked.tasks))  # whose time left is known, other than a task's
         lines = {task.name: bars.add_task(task.name, total=None, start=False, visible=False) for task in asked.tasks}
 
         def progress(name: str, done: int, of: int | None) -> None:
@@ -289,7 +289,7 @@ def _columns(console: Console, found: Table) -> int:
 
 def table(reports: Sequence[Report], limit: int | None, interval: bool) -> Table:
     parts = [f"at most {limit:,} examples a task"] if limit else []
-    parts += [] if interval else ["--json, or a wider terminal, has the 95% intervals"]
+    parts += [] if interval else ["95% intervals: --json FILE"]
     out = Table(title="; ".join(parts) or None, box=None, pad_edge=False, title_justify="left")
     out.add_column("task", no_wrap=True)
     for i, name in enumerate(_short([report.model.name for report in reports])):
@@ -427,7 +427,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{path} is a folder; give the name of a file")
     sweep()
     connect(args.debug)
-    reports = [measured(model, asked, args, console) for model, asked in zip(models, suites, strict=True)]
+    shown = _short([model.name for model in models]) if len(models) > 1 else ["tasks"]
+    reports = [measured(*each, args, console) for each in zip(models, shown, suites, strict=True)]
     if args.json is not None:
         summaries = [report.summary() for report in reports]
         text = json.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=1)
