@@ -249,6 +249,7 @@ def measured(model: Model, shown: str, asked: Suite, args: argparse.Namespace, c
     order = [task.name for task in asked.tasks if task.name in report.figures]
     report.figures = {name: report.figures[name] for name in order}
     report.examples = {name: report.examples[name] for name in order}
+    report.faults = {task.name: report.faults[task.name] for task in asked.tasks if task.name in report.faults}
     return report
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
@@ -116,7 +116,7 @@ class KeptTask(BaseModel):
 
     @model_validator(mode="after")
     def _whole(self, info: ValidationInfo) -> KeptTask:
-        task: Task = info.context
+        task = cast(Task, info.context)
         if not self.examples or self.figures.get("examples") != len(self.examples):
             raise ValueError("the examples are not as many as the figures say")
         if any((example.task, example.index) != (task.name, i) for i, example in enumerate(self.examples)):
