@@ -607,13 +607,12 @@ class Hub(BaseHTTPRequestHandler):
             listed: list[dict[str, Any]] = [
                 {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                 for name, data in hub.files.items()
-                if str(Path(name).parent) == (folder or ".")
+                if str(Path(name).parent) == (folder or ".") or "recursive=true" in self.path.lower()
             ]
             listed += [] if folder else [{"type": "directory", "path": "data", "size": 0, "oid": "0" * 40}]
             self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
         elif path.startswith("/api/datasets/me/set"):
-            files = [{"rfilename": name} for name in hub.files]
-            self.answer(200, json.dumps({"id": "me/set", "sha": COMMIT, "siblings": files}).encode())
+            self.answer(200, json.dumps({"id": "me/set", "sha": COMMIT, "siblings": []}).encode())
         elif not path.startswith("/datasets/me/set/resolve/"):
             self.answer(404, b"")
         elif (name := path.split("/", 6)[6]) not in hub.files:
