@@ -142,10 +142,11 @@ def faults(error: ValidationError) -> str:
 Informing = TypeVar("Informing", bound=BaseModel)
 
 
-def informing(storage: Storage, path: str, kind: type[Informing]) -> Informing | None:
-    """A file that only informs; None when it is absent or, which is said once, when it cannot be understood."""
+def informing(storage: Storage, path: str, kind: type[Informing], context: object = None) -> Informing | None:
+    """A file that only informs; None when it is absent or, which is said once, when it cannot be understood. `context`
+    is what `kind` is validated with."""
     try:
-        return kind.model_validate(storage.read_json(path))
+        return kind.model_validate(storage.read_json(path), context=context)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except DamagedError as error:

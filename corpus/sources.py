@@ -8,6 +8,7 @@ is read file by file, like files on disk.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import io
 import json
 import math
@@ -264,7 +265,7 @@ def _is_named(spec: str) -> bool:
 
 
 def stamps(spec: str, split: str = "train", kinds: Sequence[str] = KINDS) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file that records are read from; {} for a hub's, named with their commit."""
+    """Size and time of change of every file that records are read from; {} for what is made here or the hub keeps."""
     if _is_named(spec):
         return {}
     found = {}
@@ -660,6 +661,24 @@ def _download(uri: str) -> str:
         raise ValueError(f"{uri} does not name a file of a dataset at a commit; give hub:<dataset>[:config]")
     with _hub_errors(f"{uri} cannot be downloaded"):
         return hf_hub_download(found[1], found[3], repo_type="dataset", revision=found[2])
+
+
+def fetched(place: str) -> str:
+    """A place as files: `hub:OWNER/NAME[/PATH]`, a dataset of the hub or what PATH names within it, is downloaded and
+    is the same commit for all of this process; every other place is returned as it is. Raises ValueError."""
+    return _snapshot(place) if place.startswith("hub:") else place
+
+
+@functools.cache
+def _snapshot(place: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    owner, _, rest = place.removeprefix("hub:").strip("/").partition("/")
+    name, _, path = rest.partition("/")
+    wanted = [path, f"{path}/*"] if path else None
+    with _hub_errors(f"{place} cannot be downloaded"):
+        root = snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=wanted)
+    return posixpath.join(root, path)
 
 
 @contextmanager

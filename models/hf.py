@@ -303,6 +303,12 @@ def from_pretrained(directory: Path, dtype: torch.dtype = torch.float32, device:
     return model
 
 
+def check_weights(directory: Path) -> None:
+    """Raises what `from_pretrained` would, of files that are missing, damaged or not this model's, without a copy of
+    the weights."""
+    _stored(directory, build(read_spec(directory), "meta"))
+
+
 def _stored(directory: Path, model: LanguageModel) -> Iterable[tuple[str, Tensor]]:
     try:
         return _weights(model, _read(directory)).items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
 from models.spec import ModelSpec
+
+T = TypeVar("T")
 
 
 def rope_tables(head_dim: int, base: float, positions: int) -> tuple[Tensor, Tensor]:
@@ -224,6 +227,11 @@ class LanguageModel(nn.Module):
         scores: Tensor = self.lm_head(hidden)[..., : self.spec.vocab_size].float()
         cap = self.spec.softcap
         return cap * torch.tanh(scores / cap) if cap else scores
+
+    def run(self, compute: Callable[[], T]) -> T:
+        """`compute()`, which may use this model's parts: where ranks share its weights, these are whole meanwhile. All
+        ranks run as much of the model."""
+        return compute()
 
     def forward(self, ids: Tensor, targets: Tensor, token_weight: Tensor | None = None) -> Tensor:
         """ids and targets (B, T) → negative log-likelihood of each target (B, T), fp32, in nats.

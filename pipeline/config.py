@@ -583,7 +583,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         "whose data is in --eval-data; none",
     )
     parser.add_argument(
-        "--eval-data", help="folder or URI with a folder for each evaluation data set (core, arc, mmlu, ...)"
+        "--eval-data", help="folder, URI or hub:OWNER/NAME with a folder for each evaluation data set (core, arc, ...)"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key; repeatable")
 

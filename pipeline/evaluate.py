@@ -16,11 +16,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import ray
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -30,20 +31,31 @@ from cluster.resources import resources
 from cluster.runtime import connect
 from cluster.scratch import cache_folder, scratch, sweep
 from cluster.storage import Storage, StorageError, checksum
-from corpus.sources import read_unit, stamps, units
+from corpus.sources import read_unit, units
 from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, Tokenizer
 from models.hf import read_spec
 from pipeline.artifacts import EVALUATIONS, RunStore
 from pipeline.config import add_storage_flag
-from pipeline.terminal import Terminal
+from pipeline.terminal import WHOLE, Terminal, show, width_of
 from pipeline.tokenizer import held_out
 from stages.config import EvaluateConfig, ModelConfig
-from stages.evaluation.measure import FAULTS, Examples, Figures, Kept, measure, summary
+from stages.evaluation.measure import (
+    FAULTS,
+    TOTALS,
+    Examples,
+    Figures,
+    Kept,
+    Summary,
+    in_words,
+    lacking,
+    measure,
+    summary,
+    titled,
+)
 from stages.evaluation.pool import resolved
 from stages.evaluation.text import open_text
 from stages.training.state import export_checkpoint
-from tasks.core import LABELS
-from tasks.estimates import same_share
+from tasks.estimates import core_difference, same_share
 from tasks.suite import CHATCORE, GROUPS, Suite, suite
 
 MODELS = ("rl", "sft", "mid", "base")  # the stages that make a model, the last one first
@@ -162,10 +174,8 @@ def documents_of(
     """The text of "perplexity" and what changes with it: that of --text, else what the first run among `whats` has held
     out of its corpus; None where there is neither. Raises FileNotFoundError or ValueError."""
     if text is not None:
-        found = units(text)
-        return lambda: (document.text for unit in found for document in read_unit(unit)), json.dumps(
-            [text, stamps(text)]
-        )
+        found = units(text)  # which name the size, the time of change or the hub's commit of every file
+        return lambda: (document.text for unit in found for document in read_unit(unit)), json.dumps(found)
     for what in whats:
         if _is_run(what):
             store = RunStore(storage, what.partition(":")[0])
@@ -189,13 +199,13 @@ class Report:
     faults: dict[str, str] = field(default_factory=dict)
     incomplete: dict[str, str] = field(default_factory=dict)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """What --json has of the model."""
         return {"model": self.model.name, **summary(self.figures, self.incomplete, self.faults)}
 
 
-def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Console) -> Report:
-    """Asks a model all of the suite, with a line of progress for each task."""
+def measured(model: Model, shown: str, asked: Suite, args: argparse.Namespace, console: Console) -> Report:
+    """Asks a model all of the suite, with a line of progress, headed `shown`, and one for each task under way."""
     report = Report(model, incomplete=asked.incomplete)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     config, devices = EvaluateConfig(engine=args.engine), resources()
@@ -203,8 +213,8 @@ def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Cons
     kept = Kept(storage, model.digest, precision, args.engine, args.limit)
     actors = devices.gpus or max(1, min(devices.cpus, MOST_ACTORS))
     with Progress(*columns, console=console, transient=True) as bars:
-        whole = bars.add_task("tasks", total=len(asked.tasks))  # whose time left is known, other than a task's
-        lines = {task.name: bars.add_task(task.name, total=None, start=False) for task in asked.tasks}
+        whole = bars.add_task(shown, total=len(asked.tasks))  # whose time left is known, other than a task's
+        lines = {task.name: bars.add_task(task.name, total=None, start=False, visible=False) for task in asked.tasks}
 
         def progress(name: str, done: int, of: int | None) -> None:
             bars.start_task(lines[name])
@@ -230,85 +240,137 @@ def measured(model: Model, asked: Suite, args: argparse.Namespace, console: Cons
                     continue
                 report.figures[name], report.examples[name] = figures, examples
                 if not console.is_terminal:
-                    console.print(f"{model.name}: {name} {_cell(figures)}", soft_wrap=True)
+                    console.print(f"{model.name}: {_row(name, figures)} {_cell(figures)}", soft_wrap=True)
         except (RuntimeError, ray.exceptions.RayError, *FAULTS) as error:  # the other models may still be measured
             if args.debug:
                 raise
             answered = report.figures | report.faults
-            report.faults |= {task.name: str(error) for task in asked.tasks if task.name not in answered}
+            report.faults |= {task.name: in_words(error) for task in asked.tasks if task.name not in answered}
     order = [task.name for task in asked.tasks if task.name in report.figures]
     report.figures = {name: report.figures[name] for name in order}
     report.examples = {name: report.examples[name] for name in order}
+    report.faults = {task.name: report.faults[task.name] for task in asked.tasks if task.name in report.faults}
     return report
 
 
-def _cell(figures: Figures) -> str:
-    between = f" ({figures['low']:.3f}-{figures['high']:.3f})" if "low" in figures else ""
-    if "accuracy" in figures:
-        return f"{figures['accuracy']:.4f}{between}"
-    return f"{figures['bpb']:.4f}{between} bits a byte"
+def _cell(figures: Figures | None, interval: bool = True) -> str:
+    if figures is None:
+        return "-"
+    between = f" ({figures['low']:.3f}-{figures['high']:.3f})" if interval and "low" in figures else ""
+    return f"{figures['accuracy' if 'accuracy' in figures else 'bpb']:.4f}{between}"
 
 
-def table(reports: Sequence[Report], limit: int | None) -> Table:
+def _row(name: str, figures: Figures) -> str:
+    return name if "accuracy" in figures else f"{name} (bits a byte)"
+
+
+def show_table(reports: Sequence[Report], limit: int | None, console: Console) -> None:
     """A line a task: of each model the figure with its 95% interval, of one model also the centered accuracy, of all
-    but the first how far it is from the first, and how likely so large a difference is between equals."""
-    title = f"at most {limit:,} examples a task" if limit else None
-    out = Table(title=title, box=None, pad_edge=False, title_justify="left")
+    but the first how far it is from the first, and how likely so large a difference is between equals. Intervals are
+    left out of several models where only so the table fits the terminal."""
+    width, whole = width_of(console), table(reports, limit, True)
+    short = table(reports, limit, False)
+    fits = width is None or len(reports) == 1 or _columns(console, short) > width or _columns(console, whole) <= width
+    show(console, whole if fits else short, _lines(whole))
+
+
+def _lines(whole: Table) -> Iterator[str]:
+    """A table in lines."""
+    if whole.title:
+        yield str(whole.title)
+    tasks, *columns = (list(column.cells) for column in whole.columns)
+    heads = [column.header for column in whole.columns[1:]]
+    for task, *cells in zip(tasks, *columns, strict=True):
+        yield f"{task}  " + ", ".join(f"{head} {cell}" for head, cell in zip(heads, cells, strict=True) if cell)
+
+
+def _columns(console: Console, found: Table) -> int:
+    return Measurement.get(console, console.options.update_width(WHOLE), found).maximum
+
+
+def table(reports: Sequence[Report], limit: int | None, interval: bool) -> Table:
+    parts = [f"at most {limit:,} examples a task"] if limit else []
+    parts += [] if interval else ["95% intervals: --json FILE"]
+    out = Table(title="; ".join(parts) or None, box=None, pad_edge=False, title_justify="left")
     out.add_column("task", no_wrap=True)
-    for i, report in enumerate(reports):
-        out.add_column(report.model.name, justify="right")
-        out.add_column("difference, p" if i else "centered", justify="right")
+    for i, name in enumerate(_short([report.model.name for report in reports])):
+        out.add_column(name, justify="right", overflow="fold")
+        for beside in ("difference", "p") if i else ("centered",) * (len(reports) == 1):
+            out.add_column(beside, justify="right", no_wrap=True)
     first = reports[0]
     for name in dict.fromkeys(name for report in reports for name in report.figures):
-        cells = []
+        cells, some = [], next(report.figures[name] for report in reports if name in report.figures)
         for i, report in enumerate(reports):
             figures = report.figures.get(name)
-            cells += [_cell(figures) if figures else "-", _beside(first, report, name) if i else _centered(figures)]
-        out.add_row(name, *cells)
+            cells += [_cell(figures, interval), *(_beside(first, report, name) if i else ())]
+        centered = (f"{some['centered']:.4f}" if "centered" in some else "",) * (len(reports) == 1)
+        out.add_row(_row(name, some), *cells, *centered)
     summaries = [report.summary() for report in reports]
-    for score, parts, whole in (("core", "core_labels", LABELS), ("chatcore", "chatcore_tasks", len(CHATCORE))):
-        if any(summary[score] is not None for summary in summaries):
+    for score, (title, parts_of, whole) in TOTALS.items():
+        names = [found[parts_of] for found in summaries]
+        if any(names):
             cells = []
-            for summary in summaries:
-                partial_score = len(summary[parts]) < whole or (score == "core" and summary["core_incomplete"]) or limit
-                mark = f"* of {len(summary[parts])}" if partial_score else ""
-                interval = f"({summary[f'{score}_low']:.3f}-{summary[f'{score}_high']:.3f})" if summary[parts] else ""
-                cells += ["-" if summary[score] is None else f"{summary[score]:.4f}{mark} {interval}", ""]
-            out.add_row({"core": "CORE", "chatcore": "ChatCORE"}[score], *cells, style="bold")
+            for i, (report, found) in enumerate(zip(reports, summaries, strict=True)):
+                comparable = names[i] and names[i] == names[0]
+                cells.append(_score(found, score, limit, interval))
+                cells += (_beside_all(first, report, names[i]) if comparable else ("", "")) if i else ()
+            counts = {len(of_one) for of_one in names if of_one}
+            of = "" if counts == {whole} else f" of {', '.join(map(str, sorted(counts)))}"
+            out.add_row(f"{title}{of}", *cells, style="bold")
     return out
 
 
-def _centered(figures: Figures | None) -> str:
-    return f"{figures['centered']:.4f}" if figures and "centered" in figures else ""
+def _short(names: Sequence[str]) -> list[str]:
+    """The names without the folders that all of them have in common."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    folders = zip(*(part[:-1] for part in parts), strict=False)
+    common = sum(1 for _ in takewhile(lambda column: len({*column}) == 1, folders)) if len(names) > 1 else 0
+    return ["/".join(part[common:]) for part in parts]
 
 
-def _beside(first: Report, report: Report, name: str) -> str:
-    """How far a model is from the first on the same questions; p is of McNemar's exact test."""
-    if name not in first.examples or name not in report.examples or "accuracy" not in report.figures[name]:
-        return ""
-    by_index = {example["index"]: example for example in first.examples[name]}
-    pairs = [(by_index[b["index"]], b) for b in report.examples[name] if b["index"] in by_index]
-    if not pairs:
-        return ""
-    gained = sum(b["correct"] and not a["correct"] for a, b in pairs)
-    lost = sum(a["correct"] and not b["correct"] for a, b in pairs)
-    return f"{(gained - lost) / len(pairs):+.4f}, {same_share(gained, lost):.3f}"
+def _score(found: Summary, score: str, limit: int | None, interval: bool) -> str:
+    if found[score] is None:
+        return "-"
+    mark = titled(found, score, limit).removeprefix(TOTALS[score][0])
+    between = f" ({found[f'{score}_low']:.3f}-{found[f'{score}_high']:.3f})" if interval else ""
+    return f"{found[score]:.4f}{mark}{between}"
 
 
-def write_csv(path: Path, report: Report) -> None:
+def _signs(first: Report, report: Report, name: str) -> list[int]:
+    """For every question of a task that both were asked: 1 where only the second is right, -1 where only the first is,
+    0 where they agree."""
+    by_index = {example["index"]: example["correct"] for example in first.examples[name]}
+    return [b["correct"] - by_index[b["index"]] for b in report.examples[name] if b["index"] in by_index]
+
+
+def _beside(first: Report, report: Report, name: str) -> tuple[str, str]:
+    """How far a model is from the first, on the same questions with p of McNemar's exact test."""
+    if name not in first.figures or name not in report.figures:
+        return "", ""
+    if "accuracy" not in report.figures[name]:
+        return f"{report.figures[name]['bpb'] - first.figures[name]['bpb']:+.4f}", ""
+    if not (signs := _signs(first, report, name)):
+        return "", ""
+    return f"{sum(signs) / len(signs):+.4f}", f"{same_share(signs.count(1), signs.count(-1)):.3f}"
+
+
+def _beside_all(first: Report, report: Report, names: Sequence[str]) -> tuple[str, str]:
+    difference, p = core_difference([(report.figures[n]["baseline"], _signs(first, report, n)) for n in names])
+    return f"{difference:+.4f}", f"{p:.3f}"
+
+
+def write_csv(path: Path, report: Report, limit: int | None) -> None:
     """The table of nanochat's and DCLM's evaluators: Task, Accuracy, Centered; the last line is CORE."""
-    summary = report.summary()
-    whole = len(summary["core_labels"]) == LABELS and not summary["core_incomplete"]
-    names = {"core": "CORE" if whole else "CORE*", "chatcore": "ChatCORE"}
+    found = report.summary()
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["Task", "Accuracy", "Centered"])
         for name, figures in report.figures.items():
             if "accuracy" in figures:
                 rows.writerow([name, f"{figures['accuracy']:.6f}", f"{figures['centered']:.6f}"])
-        for score, name in names.items():
-            if summary[score] is not None:
-                rows.writerow([name, "", f"{summary[score]:.6f}"])
+        for score in TOTALS:
+            if found[score] is not None:
+                rows.writerow([titled(found, score, limit), "", f"{found[score]:.6f}"])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -319,7 +381,9 @@ def parser() -> argparse.ArgumentParser:
     known = f"{', '.join(GROUPS)}, {', '.join(CHATCORE)}, or a label of CORE"
     out.add_argument("--tasks", default="core", help=f"what to ask, with commas between: {known} (default core)")
     out.add_argument(
-        "--eval-data", metavar="PLACE", help="folder or URI with a folder for each data set, or a CORE bundle"
+        "--eval-data",
+        metavar="PLACE",
+        help="folder, URI or hub:OWNER/NAME with a folder a data set, or CORE bundle",
     )
     out.add_argument("--text", metavar="CORPUS", help="the text of perplexity: as for fathom run --corpus")
     out.add_argument("--limit", type=int, metavar="N", help="ask at most N examples a task (default all)")
@@ -348,6 +412,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: ask at least 1 example a task, or leave --limit out for all")
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--tasks {args.tasks} names no task; there are {', '.join((*GROUPS, *CHATCORE))}")
     console = Terminal(markup=False)  # names and messages are shown as they are
     models = [find(what, args.storage) for what in args.what]
     documents, stamp = documents_of(args.text, args.what, args.storage) if "perplexity" in names else (None, "")
@@ -358,9 +424,12 @@ def main(argv: list[str] | None = None) -> int:
     for path in (args.json, args.examples, args.csv):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path} is a folder; give the name of a file")
     sweep()
     connect(args.debug)
-    reports = [measured(model, asked, args, console) for model, asked in zip(models, suites, strict=True)]
+    shown = _short([model.name for model in models]) if len(models) > 1 else ["tasks"]
+    reports = [measured(*each, args, console) for each in zip(models, shown, suites, strict=True)]
     if args.json is not None:
         summaries = [report.summary() for report in reports]
         text = json.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=1)
@@ -375,14 +444,15 @@ def main(argv: list[str] | None = None) -> int:
         args.examples.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if args.csv is not None:
         for i, report in enumerate(reports):
-            write_csv(args.csv if not i else args.csv.with_stem(f"{args.csv.stem}-{i + 1}"), report)
-    console.print(table(reports, args.limit))
+            write_csv(args.csv if not i else args.csv.with_stem(f"{args.csv.stem}-{i + 1}"), report, args.limit)
+    show_table(reports, args.limit, console)
     for report in reports:
-        for name, fault in report.faults.items():
-            console.print(f"{report.model.name}: {name} could not be asked: {fault}", style="red", soft_wrap=True)
-    if reports[0].incomplete:
-        missing = "; ".join(f"{label}: {why}" for label, why in reports[0].incomplete.items())
-        console.print(f"CORE* is not CORE: {missing}", soft_wrap=True, highlight=False)
+        for fault in dict.fromkeys(report.faults.values()):  # what keeps a model from all tasks is said once
+            names = [name for name, why in report.faults.items() if why == fault]
+            said = f"{report.model.name}: {', '.join(names)} could not be asked: {fault}"
+            console.print(said, style="red", soft_wrap=True)
+    if missing := lacking(reports[0].incomplete):
+        console.print(missing, soft_wrap=True, highlight=False)
     return 1 if any(report.faults for report in reports) else 0
 
 

@@ -401,7 +401,7 @@ class EvaluateConfig(Section):
         description="what is asked beside the run's own problems, with commas between, as for fathom evaluate --tasks; auto: all whose data is there; none",
     )
     data: str | None = Field(
-        None, description="a folder or URI with a folder for each evaluation data set, or a CORE bundle"
+        None, description="folder, URI or hub:OWNER/NAME with a folder for each evaluation data set, or CORE bundle"
     )
     limit: int | None = Field(None, ge=1, description="examples a task, at most")
     problems: int = Field(200, ge=1, description="held-out problems")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from string import ascii_uppercase
 from typing import Any
 
 from corpus.left_out import UnusableError
-from corpus.sources import below, count_records, read_records, stamps
+from corpus.sources import below, count_records, read_records
 from tasks import ranking
 
 ORDER = 42  # seed of the order in which questions are asked
@@ -89,13 +90,23 @@ class ChoiceTask:
 
     @property
     def stamp(self) -> str:
-        return json.dumps([self.source, stamps(self.source, self.split)])
+        """Changes with what is asked, wherever that is: the hub's data sets change under their names."""
+        return hashlib.sha256(repr(self._questions).encode("utf-8", "replace")).hexdigest()
+
+    @cached_property
+    def _questions(self) -> list[Question]:
+        """Read once, so that the answers are known by what was asked."""
+        found = []
+        for number, record in enumerate(read_records(self.source, self.split), 1):
+            try:
+                found.append(question_of(record))
+            except UnusableError as error:
+                raise ValueError(f"{self.source}, row {number}: {error}") from error
+        random.Random(ORDER).shuffle(found)  # MMLU's are sorted by subject, and a limit would ask of one alone
+        return found
 
     def questions(self, text: ranking.Text, limit: int | None) -> Iterator[ranking.Question]:
-        records = list(read_records(self.source, self.split))
-        random.Random(ORDER).shuffle(records)  # MMLU's are sorted by subject, and a limit would ask of one alone
-        for record in records[:limit]:
-            asked = question_of(record)
+        for asked in self._questions[:limit]:
             before = text.prompt([{"role": "user", "content": prompt(asked)}])
             letters = ascii_uppercase[: len(asked.choices)]
             options = tuple((*before, *text.encode(letter)) for letter in letters)

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import pyarrow.fs as pafs
 import yaml
 
-from corpus.sources import filesystem_of
+from corpus.sources import fetched, filesystem_of
 from tasks.ranking import Answer, Kind, Question, Text, accuracy, question
 
 Parsed = TypeVar("Parsed")
@@ -57,7 +57,9 @@ def core(accuracies: Mapping[str, float], baselines: Mapping[str, float]) -> flo
 
 
 class Bundle:
-    """A CORE bundle: a folder, a `.zip` file, or the URI of either. Raises FileNotFoundError or ValueError.
+    """A CORE bundle: a folder, a `.zip` file, or the URI or `hub:OWNER/NAME[/PATH]` of either.
+
+    Raises FileNotFoundError or ValueError.
 
     `tasks` are those whose data is there. `incomplete` says of every other label of `core.yaml` what is missing; a
     label whose data is a part, `subsets/NAME_*.jsonl`, is among both.
@@ -221,7 +223,7 @@ class _Files:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._filesystem, self._root = filesystem_of(source)
+        self._filesystem, self._root = filesystem_of(fetched(source))
         self._zip = None
         if source.partition("?")[0].lower().endswith(".zip"):
             try:

@@ -75,6 +75,17 @@ def same_share(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2**differing)
 
 
+def core_difference(tasks: Sequence[tuple[float, Sequence[int]]]) -> tuple[float, float]:
+    """How much higher the second of two models scores in a mean of centered accuracies, and how likely equal models
+    differ by at least as much (the normal approximation of McNemar's test, summed over tasks). `tasks` has of each its
+    baseline, from 0 to 1, and for every question that both were asked 1, -1 or 0: answered by the second alone, by the
+    first alone, or alike."""
+    weights = [1 / ((1 - baseline) * len(signs)) for baseline, signs in tasks]
+    total = sum(weight * sum(signs) for weight, (_, signs) in zip(weights, tasks, strict=True))
+    variance = sum(weight**2 * sum(map(abs, signs)) for weight, (_, signs) in zip(weights, tasks, strict=True))
+    return total / len(tasks), math.erfc(abs(total) / math.sqrt(2 * variance)) if variance else 1.0
+
+
 def interval_of_core(tasks: Sequence[Mapping[str, float]]) -> tuple[float, float]:
     """95% confidence interval of a mean of centered accuracies, by normal approximation: each of `tasks` has its
     `accuracy`, `baseline` (0 to 1) and number of `examples`."""

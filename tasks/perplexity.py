@@ -10,6 +10,8 @@ from itertools import islice
 from tasks.estimates import interval_of_ratio
 from tasks.ranking import Answer, Question, Text
 
+SCORES = ("bpb", "word_perplexity")  # what is always reported
+
 
 @dataclass
 class Perplexity:
@@ -46,8 +48,6 @@ class Perplexity:
         parts = [(sum(islice(nats, windows)) / math.log(2), float(size)) for windows, size in self._documents]
         bits, size = sum(bits for bits, _ in parts), sum(size for _, size in parts)
         between = interval_of_ratio(parts)
-        return {
-            "bpb": bits / max(1, size),
-            **(dict(zip(("low", "high"), between, strict=True)) if between else {}),
-            "word_perplexity": math.exp(min(700.0, bits * math.log(2) / max(1, self._words))),
-        }
+        word_perplexity = math.exp(min(700.0, bits * math.log(2) / max(1, self._words)))
+        scores = dict(zip(SCORES, (bits / max(1, size), word_perplexity), strict=True))
+        return scores | (dict(zip(("low", "high"), between, strict=True)) if between else {})

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 import pyarrow.fs as pafs
 
-from corpus.sources import below, filesystem_of
+from corpus.sources import below, fetched, filesystem_of
 from tasks import arc, humaneval, mmlu, spelling
 from tasks.choices import first_of
 from tasks.core import Bundle
@@ -45,12 +45,12 @@ def suite(
 ) -> Suite:
     """The tasks of `names`: GROUPS, tasks of CHATCORE, or labels of CORE.
 
-    `data` is a folder or URI with a folder for each data set (core, arc, mmlu, gsm8k, humaneval, wordlist), or a CORE
-    bundle itself; what it lacks comes from the hub, save CORE, which is not there. `documents` gives the text of
-    "perplexity", for a model that sees `context` tokens, and `stamp` changes with it. `unsafe` lets what
-    models write run outside of a sandbox. Raises FileNotFoundError or ValueError.
+    `data` is a folder, URI or `hub:OWNER/NAME` with a folder for each data set (core, arc, mmlu, gsm8k, humaneval,
+    wordlist), or a CORE bundle itself; of what it lacks, all but CORE comes from the data sets of these names at the
+    hub. `documents` gives the text of "perplexity", for a model that sees `context` tokens, and `stamp` changes with
+    it. `unsafe` lets what models write run outside of a sandbox. Raises FileNotFoundError or ValueError.
     """
-    _check(data)
+    place = _place(data)
     tasks: dict[str, Task] = {}
     bundle: Bundle | None = None
     for name in names:
@@ -59,9 +59,9 @@ def suite(
                 raise ValueError("perplexity is of a text: give --text FILE, or a run that has held some out")
             tasks[name] = Perplexity(documents, context, stamp)
         elif name == "chatcore":
-            tasks |= {each: chat_task(each, data, unsafe=unsafe) for each in CHATCORE}
+            tasks |= {each: chat_task(each, place, unsafe=unsafe) for each in CHATCORE}
         elif name in CHATCORE:
-            tasks[name] = chat_task(name, data, unsafe=unsafe)
+            tasks[name] = chat_task(name, place, unsafe=unsafe)
         elif name == "core" and data is None:
             raise ValueError("CORE needs its bundle: give --eval-data the folder or .zip that holds core.yaml")
         else:
@@ -101,9 +101,12 @@ def _exists(place: str) -> bool:
     return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
-def _check(data: str | None) -> None:
-    if data is not None and not _exists(data):
+def _place(data: str | None) -> str | None:
+    """Where the files of `data` are. Raises FileNotFoundError or ValueError."""
+    place = fetched(data) if data is not None else None
+    if place is not None and not _exists(place):
         raise FileNotFoundError(f"{data} is not there; --eval-data is a folder or URI of evaluation data, or a bundle")
+    return place
 
 
 def _chat_task(name: str, folder: str | None, unsafe: bool) -> Task:
@@ -124,9 +127,9 @@ def _chat_task(name: str, folder: str | None, unsafe: bool) -> Task:
 def at_hand(data: str | None, chat: bool) -> list[str]:
     """What can be asked without a network: of a model that chats, the tasks of CHATCORE whose data is in `data`, or
     needs none; of another, CORE where its bundle is there."""
-    _check(data)
+    place = _place(data)
     if chat:
-        folders = {name: data is not None and _exists(below(data, FOLDERS[name])) for name in CHATCORE}
+        folders = {name: place is not None and _exists(below(place, FOLDERS[name])) for name in CHATCORE}
         return [name for name, there in folders.items() if there or name == "Spelling"]
     try:
         return ["core"] if data is not None and Bundle(data).tasks else []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import Result, Run, fathom, kill_at_checkpoint, one_clear_message, start
+from safetensors.torch import load_file, save_file
 from test_scoring import make_bundle
 
 from corpus.tokenizers import META_FILE
@@ -30,7 +33,7 @@ def test_a_run_a_stage_and_its_directory_are_one_model(line: Run, tmp_path: Path
     files = ("--json", out / "all.json", "--examples", out / "examples.jsonl", "--csv", out / "table.csv")
     result = evaluate("line:base", line.path / "base", *asked, *files)
     assert result.code == 0, result.output
-    assert "+0.0000, 1.000" in result.stdout and "CORE" in result.stdout
+    assert "CORE of 3" in result.stdout and result.stdout.count("+0.0000") == 7, "each task, CORE and ChatCORE"
     first, second = json.loads((out / "all.json").read_text())
     assert (first.pop("model"), second.pop("model")) == ("line:base", str(line.path / "base"))
     for summary in (first, second):
@@ -48,6 +51,7 @@ def test_a_run_a_stage_and_its_directory_are_one_model(line: Run, tmp_path: Path
     rows = (out / "table.csv").read_text().splitlines()
     assert rows[0] == "Task,Accuracy,Centered"
     assert rows[1].startswith(f"choose,{labels['choose']:.6f},")
+    assert [row.split(",")[0] for row in rows[-2:]] == ["CORE*", "ChatCORE*"], "of some labels, and few examples each"
 
 
 def test_a_model_of_other_makers_answers_in_its_own_chat_format(line: Run, tmp_path: Path) -> None:
@@ -78,10 +82,49 @@ def test_a_model_of_other_makers_answers_in_its_own_chat_format(line: Run, tmp_p
         assert mine == its
 
 
-def test_what_is_killed_goes_on_and_asks_no_task_again(line: Run, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "bundle", count=400)
-    shutil.copytree(line.path / "base", tmp_path / "model")
-    arguments = [tmp_path / "model", "--tasks", "core", "--eval-data", bundle]
+def test_each_model_is_measured_for_itself(line: Run, tmp_path: Path) -> None:
+    """In bf16, side by side: one as it is, one with a shorter context, one whose weights are damaged and one whose
+    weights are no numbers, of which both are told and keep none of the others from its figures."""
+    bundle = make_bundle(tmp_path / "bundle")
+    for name in ("short", "broken", "nan"):
+        shutil.copytree(line.path / "base", tmp_path / name)
+    config = json.loads((tmp_path / "short/config.json").read_text())
+    (tmp_path / "short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}))
+    (tmp_path / "broken/model.safetensors").write_bytes(b"\xff" * 100)
+    weights = load_file(tmp_path / "nan/model.safetensors")
+    save_file(
+        {name: torch.full_like(weight, math.nan) for name, weight in weights.items()},
+        tmp_path / "nan/model.safetensors",
+    )
+    models = [line.path / "base", tmp_path / "broken", tmp_path / "short", tmp_path / "nan"]
+    asked = ("--tasks", "core,perplexity", "--eval-data", bundle, "--text", bundle / "text.txt")
+    (bundle / "text.txt").write_text("The ash grew beside the oak. " * 200)
+    more = ("--storage", tmp_path, "--precision", "bf16", "--json", tmp_path / "all.json")
+    result = evaluate(*models, *asked, *more)
+    all_of_them = "choose, refer, finish, perplexity could not be asked"
+    one_clear_message(result, f"{tmp_path}/broken: {all_of_them}: {tmp_path}/broken: model.safetensors is damaged")
+    assert f"{tmp_path}/nan: {all_of_them}: the model's scores are no numbers" in result.output
+    assert "Retrying" not in result.output
+    whole, broken, short, nan = json.loads((tmp_path / "all.json").read_text())
+    for nothing in (broken, nan):
+        assert nothing["tasks"] == {} and set(nothing["faults"]) == {"choose", "refer", "finish", "perplexity"}
+    assert list(whole["tasks"]) == list(short["tasks"]) == ["choose", "refer", "finish", "perplexity"]
+    assert short["tasks"]["perplexity"]["examples"] > whole["tasks"]["perplexity"]["examples"]  # more windows
+    assert short["bpb"] > whole["bpb"]
+    plain = evaluate(models[0], *asked, "--storage", tmp_path, "--json", tmp_path / "fp32.json")
+    assert plain.code == 0, plain.output
+    bpb = json.loads((tmp_path / "fp32.json").read_text())["bpb"]
+    assert bpb != whole["bpb"] and bpb == pytest.approx(whole["bpb"], rel=0.01)
+
+
+@pytest.mark.parametrize("tasks", ["core", "GSM8K,Spelling"])
+def test_what_is_killed_goes_on_and_asks_no_task_again(line: Run, tmp_path: Path, tasks: str) -> None:
+    """Whether they are ranked or written; the figures are an unbroken run's."""
+    data = make_bundle(tmp_path / "data", count=400)
+    (data / "gsm8k").mkdir()
+    (data / "gsm8k/test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 3)
+    shutil.copytree(line.path / ("base" if tasks == "core" else "rl"), tmp_path / "model")
+    arguments = [tmp_path / "model", "--tasks", tasks, "--eval-data", data]
 
     def answers(storage: str) -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / storage).glob("evaluations/*.json")}
@@ -97,7 +140,7 @@ def test_what_is_killed_goes_on_and_asks_no_task_again(line: Run, tmp_path: Path
     assert command.until(lambda: len(answers("broken")) > 0, 300), command.output()
     command.kill()
     kept = answers("broken")
-    assert 0 < len(kept) < 3, "it was over before it could be killed"
+    assert 0 < len(kept) < (3 if tasks == "core" else 2), "it was over before it could be killed"
     assert shown("broken") == shown("unbroken")
     assert {name: answers("broken")[name] for name in kept} == kept
 
@@ -137,6 +180,14 @@ def unusable(line: Run, tmp_path: Path, kind: str) -> tuple[list[object], str]:
         return ["line:base@7", *asked], "there is no such checkpoint"
     if kind == "limit":
         return [model, *asked, "--limit", 0], "--limit 0"
+    if kind == "file":
+        return [model, *asked, "--json", tmp_path], "is a folder; give the name of a file"
+    if kind == "no task":
+        return [model, *asked, "--tasks", ","], "names no task; there are core, chatcore"
+    if kind == "no problems":
+        (bundle / "gsm8k").mkdir()
+        (bundle / "gsm8k/test.jsonl").touch()
+        return [model, *asked, "--tasks", "GSM8K"], "GSM8K could not be asked: it has no problems"
     if kind == "task":
         return [model, *asked, "--tasks", "cor"], "no task 'cor'; did you mean core"
     if kind == "no bundle":
@@ -154,7 +205,20 @@ def unusable(line: Run, tmp_path: Path, kind: str) -> tuple[list[object], str]:
     return [model, *asked, "--tasks", "finish"], "does not fit into the model's context"
 
 
-KINDS = ["run", "stage", "step", "limit", "task", "no bundle", "family", "tokenizer", "context"]
+KINDS = [
+    "run",
+    "stage",
+    "step",
+    "limit",
+    "file",
+    "no task",
+    "no problems",
+    "task",
+    "no bundle",
+    "family",
+    "tokenizer",
+    "context",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

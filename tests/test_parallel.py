@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_scoring import make_bundle
 from test_training import CONFIG, SPEC, STOP, Killed, flip_a_bit, run, stage, write_rows
 from torch.distributed.tensor import DTensor
 
 from cluster import manifest
 from cluster.storage import Storage, StorageError
+from corpus.tokenizers import Tokenizer
 from models.build import build
 from models.hf import from_pretrained, save_pretrained
 from models.layers import LanguageModel
 from models.spec import ModelSpec
+from stages.evaluation.on_the_way import CoreOnTheWay
 from stages.training.metrics import Reporter
 from stages.training.optimizer import build_optimizer
 from stages.training.parallel import World, initial_device, prepare
@@ -249,3 +253,45 @@ def test_ranks_resume_from_the_same_step_whatever_one_of_them_cannot_read(tmp_pa
     assert first["unreadable"] == second["unreadable"] and "__0_0.distcp" in first["unreadable"][1]
     assert (tmp_path / "unreadable" / "run" / newest / "manifest.json").exists(), "nothing was wrong with it"
     assert first["unused"][0] == second["unused"][0] == 2 * STOP, "what it reads lies in the other file"
+
+
+def asks(rank: int, path: Path) -> None:
+    """CORE of a model in each mode, before it has trained and after; the batches do not divide among the ranks."""
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=100)  # for a rank that waits for another one's pass
+    meeting = f"file://{path / 'meet-to-ask'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=3, timeout=limit)
+    tokenizer = Tokenizer.load(path / "tokenizer")
+    found = {}
+    for name, spec in FAMILIES.items():
+        for mode in ("ddp", "fsdp"):
+            model = build(replace(spec, vocab_size=tokenizer.vocab_size, sequence_len=64))
+            model.init_weights(0)
+            world, config = World.current(3), LONG.model_copy(update={"parallel": mode})
+            prepare(model, config, "fp32", world)
+            core = CoreOnTheWay(str(path / "bundle"), 12, tokenizer, model.spec, world, "fp32")
+            figures = [core(model)["val_core"]]
+            ids = torch.arange(17)[None] % 61
+            model(ids[:, :-1], ids[:, 1:]).sum().backward()
+            found[f"{name} {mode}"] = [*figures, core(model)["val_core"]]
+    (path / f"asked-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_core_on_the_way_is_the_same_whatever_the_ranks_share(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    tokenizer = Tokenizer.train(["The ash grew. Question: 1? Answer: oak, as the elm and the yew " * 9], 300)
+    tokenizer.save(tmp_path / "tokenizer")
+    mp.spawn(asks, args=(tmp_path,), nprocs=3)
+    one, *others = [json.loads((tmp_path / f"asked-{rank}.json").read_text()) for rank in range(3)]
+    assert all(other == one for other in others)
+    for name, spec in FAMILIES.items():
+        model = build(replace(spec, vocab_size=tokenizer.vocab_size, sequence_len=64))
+        model.init_weights(0)
+        core = CoreOnTheWay(
+            str(tmp_path / "bundle"), 12, tokenizer, model.spec, World(0, 1, torch.device("cpu"), 1), "fp32"
+        )
+        assert len(core.batches) % 3, "they divide among the ranks"
+        expected = [core(model)["val_core"]] * 2
+        assert one[f"{name} ddp"] == expected
+        assert one[f"{name} fsdp"] == expected

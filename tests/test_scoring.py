@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
+import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,13 +31,16 @@ from models.hf import save_pretrained
 from models.layers import LanguageModel
 from models.spec import Family, ModelSpec
 from pipeline.faults import is_users
-from stages.evaluation.measure import Kept
+from stages.evaluation.measure import Kept, in_words, summary
 from stages.evaluation.score import TREE_TOKENS, Request, Score, batches, grow, score
+from stages.evaluation.stage import told
 from stages.evaluation.text import open_text
 from tasks import arc, mmlu
 from tasks.calculator import calculate
 from tasks.core import EXAMPLES, ORDER, Bundle, centered, core
-from tasks.estimates import interval_of_core, interval_of_ratio, same_share
+from tasks.estimates import core_difference, interval_of_core, interval_of_ratio, same_share
+from tasks.generated import GeneratedTask
+from tasks.gsm8k import GSM8K
 from tasks.perplexity import Perplexity
 from tasks.ranking import Question, accuracy, answer, question, within
 from tasks.suite import at_hand, suite
@@ -127,6 +131,20 @@ def test_equal_models_differ_by_chance_as_a_coin_does() -> None:
     assert same_share(3, 3) == 1.0
     assert same_share(0, 5) == pytest.approx(2 / 32)
     assert same_share(9, 1) == pytest.approx(2 * (1 + 10) / 1024)
+
+
+def test_scores_of_equal_models_differ_as_often_as_p_says() -> None:
+    """Of one task with many questions that is McNemar's test; a task's weight is how far guessing is from its best."""
+    assert core_difference([(0.0, [0, 0])]) == (0.0, 1.0)
+    assert core_difference([(0.5, [1, 0, 0, 0]), (0.0, [0, -1])])[0] == pytest.approx((0.5 - 0.5) / 2)
+    gained, lost = 60, 40
+    signs = [1] * gained + [-1] * lost + [0] * 900
+    difference, p = core_difference([(0.25, signs)])
+    assert difference == pytest.approx(0.02 / 0.75)
+    assert p == pytest.approx(same_share(gained, lost), abs=0.015)
+    rng = np.random.default_rng(0)
+    ps = [core_difference([(0.25, rng.integers(-1, 2, 80)), (0.5, rng.integers(-1, 2, 30))])[1] for _ in range(2_000)]
+    assert sum(p < 0.05 for p in ps) / len(ps) == pytest.approx(0.05, abs=0.015)
 
 
 def test_the_interval_of_core_narrows_with_examples_and_labels() -> None:
@@ -483,6 +501,7 @@ def test_choices_are_those_of_transformers_under_lm_evals_prompt(tmp_path: Path,
 CODE = """
 import os, sys
 from pathlib import Path
+from stages.evaluation.stage import told
 from stages.evaluation.text import open_text
 answers, out = os.pipe()
 os.write(out, b"y\\n" * 8)
@@ -546,8 +565,8 @@ def test_a_bundle_reads_only_files(tmp_path: Path) -> None:
 def test_kept_answers_of_another_shape_are_asked_again(tmp_path: Path) -> None:
     task = Bundle(str(make_bundle(tmp_path / "bundle"))).tasks[0]
     kept = Kept(Storage(tmp_path / "kept"), "model", "fp32", "torch", None)
-    figures = accuracy([True], 0.5) | {"examples": 1, "few_shot": 0, "seconds": 0.1}
-    examples = [{"task": "choose", "index": 0, "correct": True, "scores": [0.0]}]
+    figures = accuracy([True, False], task.baseline) | {"examples": 2, "few_shot": 2, "seconds": 0.1}
+    examples = [{"task": "choose", "index": i, "correct": not i, "scores": [0.0]} for i in range(2)]
     kept.write(task, figures, examples)
     assert kept.read(task) == (figures, examples)
     [file] = (tmp_path / "kept").glob("*.json")
@@ -555,15 +574,67 @@ def test_kept_answers_of_another_shape_are_asked_again(tmp_path: Path) -> None:
     for damage in ("[]", "{", '{"figures": 3}', '{"figures": {}, "examples": {}}'):
         file.write_text(damage)
         assert kept.read(task) is None
+    of_text = {"bpb": 1.0, "word_perplexity": 2.0, "examples": 2, "few_shot": 0, "seconds": 0.1}
     for wrong in (
         {"figures": figures | {"accuracy": "[/x]"}},
         {"figures": {name: value for name, value in figures.items() if name != "low"}},
-        {"figures": figures | {"examples": 2}},
+        {"figures": figures | {"examples": 1}},
         {"figures": figures | {"centered": 10**400}},
         {"figures": figures | {"baseline": 1}},
-        {"figures": figures | {"accuracy": 5.0}},
-        {"figures": {"bpb": 1.0, "word_perplexity": 2.0, "low": 0.9, "examples": 1, "few_shot": 0, "seconds": 0.1}},
-        {"examples": [examples[0] | {"correct": 3}]},
+        {"figures": figures | {"accuracy": 0.25}},
+        {"figures": of_text},
+        {"examples": [examples[0] | {"correct": 3}, examples[1]]},
+        {"examples": [examples[0], examples[1] | {"correct": True}]},
+        {"examples": [examples[0] | {"task": "refer"}, examples[1]]},
+        {"examples": [examples[0], examples[1] | {"index": 0}]},
+        {"examples": [examples[0] | {"scores": [math.nan]}, examples[1]]},
     ):
         file.write_text(json.dumps({"figures": whole["figures"], "examples": whole["examples"]} | wrong))
-        assert kept.read(task) is None
+        assert kept.read(task) is None, wrong
+
+
+def test_kept_bits_a_byte_are_of_a_text_alone(tmp_path: Path) -> None:
+    """Of problems answered in writing they would say nothing, and the table would ask them for an accuracy."""
+    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n')
+    kept = Kept(Storage(tmp_path / "kept"), "model", "fp32", "torch", None)
+    asked = GeneratedTask("GSM8K", GSM8K(str(tmp_path)))
+    text = Perplexity(lambda: iter(["a"]), 8, "")
+    figures = {"bpb": 1.0, "word_perplexity": 2.0, "examples": 1, "few_shot": 0, "seconds": 0.1}
+    for task in (asked, text):
+        kept.write(task, figures, [{"task": task.name, "index": 0, "correct": True, "scores": [0.0]}])
+    assert kept.read(asked) is None
+    assert kept.read(text) is not None
+
+
+def test_choices_are_known_by_what_is_asked(tmp_path: Path) -> None:
+    """And not by where it is: size and time of a file, or the name of a data set at the hub, may stay as they were."""
+    file, row = tmp_path / "test.jsonl", '{"question": "Which?", "choices": ["a", "b"], "answer": 1}\n'
+    file.write_text(row * 3)
+    before, times = mmlu.task(str(tmp_path)).stamp, file.stat()
+    file.write_text(row * 2 + row.replace('"answer": 1', '"answer": 0'))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file.stat().st_size == times.st_size
+    assert mmlu.task(str(tmp_path)).stamp != before
+    file.write_text(row * 2 + '{"question": "Which?"}\n')
+    with pytest.raises(ValueError, match=r"test\.jsonl, row 3: not a multiple-choice question: the row has question"):
+        list(mmlu.task(str(tmp_path)).questions(Bytes(), 1))
+
+
+def test_a_score_of_a_part_has_a_star_and_what_is_missing_is_told() -> None:
+    """Of the bundle's labels, of their questions, or of the examples asked."""
+    figures = {f"label{i}": accuracy([True, False], 0.25) | {"examples": 2} for i in range(22)}
+    assert told(summary(figures, {}, {}), None) == ["CORE 0.3333"]
+    part = {"label1": "only subsets/label1_1000.jsonl"}
+    starred = ["CORE* 0.3333", "CORE* is not CORE: label1: only subsets/label1_1000.jsonl"]
+    assert told(summary(figures, part, {}), None) == starred
+    assert told(summary(figures, {}, {}), 2) == ["CORE* 0.3333"]
+    del figures["label1"]
+    assert told(summary(figures, {}, {}), None) == ["CORE* 0.3333 of 21 of 22 tasks"]
+
+
+def test_what_ray_raises_is_told_without_its_traceback() -> None:
+    told_by_ray = 'ray::RolloutActor.__init__()\n  File "engine.py", line 3, in load\nValueError: no head of size 88'
+    error = ray.exceptions.RayTaskError("load", told_by_ray, ValueError("no head of size 88"))
+    assert in_words(error) == "ValueError: no head of size 88"
+    assert in_words(ValueError("a: b\nc")) == "a: b\nc"
+    assert in_words(RuntimeError()) == "RuntimeError"

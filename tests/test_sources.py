@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -11,8 +12,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
 from pathlib import Path
@@ -604,7 +607,7 @@ class Hub(BaseHTTPRequestHandler):
             listed: list[dict[str, Any]] = [
                 {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                 for name, data in hub.files.items()
-                if str(Path(name).parent) == (folder or ".")
+                if str(Path(name).parent) == (folder or ".") or "recursive=true" in self.path.lower()
             ]
             listed += [] if folder else [{"type": "directory", "path": "data", "size": 0, "oid": "0" * 40}]
             self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
@@ -629,6 +632,57 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
 
+AT_HUB = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    """Where Hub answers."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_evaluation_data_of_the_hub_is_read_as_a_folder_of_it(tmp_path: Path) -> None:
+    """A bundle of CORE as it is, as a folder or zip within a data set, and the folders of other tasks beside it;
+    without a network what was downloaded before."""
+    entry = "{label: one, dataset_uri: one.jsonl, num_fewshot: [0], icl_task_type: language_modeling}"
+    bundle = {
+        "core.yaml": f"icl_tasks: [{entry}]".encode(),
+        "eval_meta_data.csv": b"Eval Task,Random baseline\none,0\n",
+        "eval_data/one.jsonl": b'{"context": "a", "continuation": "b"}\n' * 3,
+    }
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        for name, data in bundle.items():
+            file.writestr(name, data)
+    question = b'{"question": "Which?", "choices": ["a", "b"], "answer": 1}\n'
+    Hub.files = {f"data/core/{name}": data for name, data in bundle.items()}
+    Hub.files |= {"packed.zip": packed.getvalue(), "data/mmlu/test.jsonl": question}
+    Hub.requests, Hub.broken = [], False
+    program = (
+        "from tasks.suite import suite\n"
+        "for place in ('', '/data', '/data/core', '/packed.zip'):\n"
+        "    [task] = suite(['core'], f'hub:me/set{place}').tasks; print(task.name, task.stamp)\n"
+        "print(suite(['MMLU'], 'hub:me/set/data').tasks[0].source)\n"
+        "for wrong in ('hub:me/other', 'hub:me/set/none'):\n"
+        "    try: suite(['core'], wrong)\n"
+        "    except (ValueError, OSError) as error: print(error)"
+    )
+    with served() as endpoint:
+        env = AT_HUB | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint}
+        *stamps, mmlu, unknown, absent = run_python(program, **env).splitlines()
+    assert len(stamps) == 4 and len(set(stamps)) == 1
+    assert mmlu.endswith(f"{COMMIT}/data/mmlu/test.jsonl")
+    assert unknown.startswith("hub:me/other cannot be downloaded: ") and "give files instead" in unknown
+    assert absent.startswith("hub:me/set/none is not there; --eval-data is a folder")
+    assert offline("from tasks.suite import suite; print(suite(['core'], 'hub:me/set/data').tasks[0].name)", tmp_path)
+
+
 def test_remote_files_are_pinned_downloaded_once_and_resumed(tmp_path: Path) -> None:
     big = [random.Random(i).randbytes(15_000).hex() for i in range(1_000)]  # more than two of the library's chunks
     texts = {"data/train-00000-of-00002.parquet": big, "data/train-00001-of-00002.parquet": ["last"]}
@@ -641,20 +695,9 @@ def test_remote_files_are_pinned_downloaded_once_and_resumed(tmp_path: Path) -> 
         "import hashlib; digest = hashlib.sha256(''.join(d.text for d in documents).encode()).hexdigest()\n"
         "print(json.dumps([found, digest, documents[-1], count_records('hub:me/set')]))"
     )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        env = {
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_ENDPOINT": endpoint,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-        }
-        found, digest, last, count = json.loads(run_python(program, **env))
-    finally:
-        server.shutdown()
-        server.server_close()
+    with served() as endpoint:
+        env = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint}
+        found, digest, last, count = json.loads(run_python(program, **env, **AT_HUB))
     uris = [f"hf://datasets/me/set@{COMMIT}/{name}" for name in texts]
     assert [unit["uri"] for unit in found] == uris
     assert digest == hashlib.sha256("".join([*big, "last"]).encode()).hexdigest()

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
-from pipeline import cli, doctor, status
+from pipeline import cli, doctor, evaluate, status
 from pipeline.artifacts import RunStore
 from pipeline.config import identity_of, load_config, stage_names
 from pipeline.data import show_stats
@@ -24,6 +24,7 @@ from pipeline.probe import Machine, Probe, Row, Setting, View
 from pipeline.terminal import TOGETHER, Terminal, fitted, plain, say, show
 from pipeline.tokenizer import print_table
 from pipeline.tracking import LiveView
+from tasks.ranking import accuracy
 
 FIGURES = {
     "problems": 1_200,
@@ -192,3 +193,32 @@ def test_the_tokenizers_table_fits_and_a_table_that_fits_is_one(monkeypatch: pyt
     table.add_row("1", "2")
     show(Console(file=(out := io.StringIO())), table, ["a 1, b 2"])
     assert out.getvalue().split() == ["a", "b", "1", "2"]
+
+
+@pytest.mark.parametrize("columns", [200, 80, 60])
+@pytest.mark.parametrize("names", [["r:base"], ["/a/r/base", "/a/r/sft"], ["r:base", "r:sft", "r:rl"]])
+def test_models_side_by_side_fit(monkeypatch: pytest.MonkeyPatch, columns: int, names: list[str]) -> None:
+    """Every figure in one piece, in the line of its task; two models in a terminal of 80 columns are a line a task."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    tasks = ("bigbench_language_identification", "boolq")
+    measured = accuracy([True, False, False, False], 0.5)
+    reports = [
+        evaluate.Report(
+            evaluate.Model(name, lambda: Path(), ""),
+            {task: measured | {"examples": 4} for task in tasks}
+            | {"perplexity": {"bpb": 1.25, "low": 1.2, "high": 1.4}},
+            {task: [{"index": i, "correct": not i} for i in range(4)] for task in tasks},
+        )
+        for name in names
+    ]
+    evaluate.show_table(reports, 4, Console(file=(out := io.StringIO())))
+    shown = out.getvalue()
+    assert "…" not in shown and "at most 4 examples a task" in shown
+    assert all(len(line) <= columns for line in shown.splitlines())
+    if len(names) == 2 and columns >= 80:
+        [row] = [line for line in shown.splitlines() if "boolq" in line]
+        assert row.split()[0] == "boolq" and row.split()[-2:] == ["+0.0000", "1.000"]
+        assert ("(0.046-0.699)" in row) == (columns > 80)
+    flat = " ".join(shown.split())
+    assert flat.count("0.2500") == 2 * len(names) and flat.count("-0.5000") == (3 if len(names) == 1 else len(names))
+    assert flat.count(" 1.000") == (len(names) - 1) * 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -41,15 +43,18 @@ class CoreOnTheWay:
                 pairs = zip(question.options, question.starts, strict=True)
                 requests += [Request(np.array(option, dtype=np.int64), start) for option, start in pairs]
         self.count = len(requests)
-        self.batches = list(batches(grow(requests, spec), TOKENS_AT_ONCE[world.device.type]))[world.rank :: world.size]
+        self.batches = list(batches(grow(requests, spec), TOKENS_AT_ONCE[world.device.type]))
 
     def __call__(self, model: LanguageModel) -> dict[str, float]:
         """`val_core`, the mean of the labels' centered accuracies."""
         found = torch.zeros(self.count, 2, dtype=torch.float64, device=self.world.device)  # losses, greedy
         eager = torch.compiler.set_stance("force_eager")  # rows of many lengths, each seen once
-        with eager, autocast(self.world.device, self.precision):
-            for batch in self.batches:
-                for number, scored in score(model, batch).items():
+        with torch.no_grad(), eager, autocast(self.world.device, self.precision):
+            for first in range(0, len(self.batches), self.world.size):
+                place = first + self.world.rank
+                # every rank runs the model equally often, as sharded weights need, on a batch that some do not count
+                scores = model.run(partial(score, model, self.batches[min(place, len(self.batches) - 1)]))
+                for number, scored in scores.items() if place < len(self.batches) else ():
                     found[number, 0], found[number, 1] = scored.loss, scored.greedy
         losses, greedy = self.world.sum(found).T.tolist()
         accuracies, first = {}, 0

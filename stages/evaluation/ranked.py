@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,13 @@ class Asked:
     fault: str | None = None
 
     def grade(self, first: int, questions: Sequence[Question], scores: Sequence[Score]) -> None:
-        """Grades the questions from index `first` on, by the scores of all their options in order."""
+        """Grades the questions from index `first` on, by the scores of all their options in order. Raises ValueError
+        for scores that rank nothing."""
+        if not all(math.isfinite(score.loss) for score in scores):
+            raise ValueError(
+                "the model's scores are no numbers (nan or inf): its weights are damaged, or too large for what it "
+                "computes in; try --precision fp32"
+            )
         of_next = iter(scores)
         for index, question in enumerate(questions, first):
             mine = [next(of_next) for _ in question.options]
@@ -61,8 +68,14 @@ def ask(
     """Each task as soon as all of its questions are answered, or cannot be asked: a question that the model's context
     has no room for, or data that cannot be read. `progress` is told whenever some more of a task are answered."""
     for (asked, first, questions), scores in pool.scores(_jobs(tasks, text, pool.spec.sequence_len, limit)):
-        asked.grade(first, questions, scores)
-        progress(asked)
+        if questions and asked.fault is None:
+            try:
+                asked.grade(first, questions, scores)
+            except ValueError as error:
+                asked.fault = str(error)
+                yield asked
+                continue
+            progress(asked)
         if asked.done or (asked.fault and not questions):
             yield asked
 
@@ -79,7 +92,7 @@ def _jobs(tasks: Sequence[RankedTask], text: Text, context: int, limit: int | No
             questions = list(islice(coming, AT_ONCE))
             if not questions:
                 raise ValueError("it has no questions")
-            while questions:
+            while questions and asked.fault is None:
                 following = list(islice(coming, AT_ONCE))
                 if not following:
                     asked.questions = first + len(questions)
@@ -87,8 +100,9 @@ def _jobs(tasks: Sequence[RankedTask], text: Text, context: int, limit: int | No
                 yield (asked, first, questions), [request for question in fitting for request in _requests(question)]
                 first, questions = first + len(questions), following
         except (ValueError, OSError) as error:
-            asked.fault = str(error)
-            yield (asked, first, []), []
+            if asked.fault is None:
+                asked.fault = str(error)
+                yield (asked, first, []), []
 
 
 def _requests(question: Question) -> Iterator[Request]:

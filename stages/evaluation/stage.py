@@ -22,10 +22,22 @@ from stages import report
 from stages.config import EvaluateConfig
 from stages.context import ANSWERS, StageContext
 from stages.evaluate import measure_task, measure_text, opened, sampling
-from stages.evaluation.measure import FAULTS, TOOLS, Examples, Figures, Kept, measure, summary
+from stages.evaluation.measure import (
+    FAULTS,
+    TOOLS,
+    TOTALS,
+    Examples,
+    Figures,
+    Kept,
+    Summary,
+    in_words,
+    lacking,
+    measure,
+    summary,
+    titled,
+)
 from stages.evaluation.pool import resolved
 from stages.rl.rollout import RolloutPool
-from tasks.core import LABELS
 from tasks.environments import EnvironmentFile
 from tasks.generated import GeneratedTask
 from tasks.suite import CHATCORE, Suite, Task, chosen, suite
@@ -83,7 +95,7 @@ def run(
             (directory / "tasks.json").write_text(json.dumps(found, indent=1) + "\n")
             _write_lines(directory / "examples.jsonl", answers.examples)
             metrics |= headline(found)
-            stats = {"notes": [told(found)]}
+            stats = {"notes": told(found, config.limit)}
         (directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         context.publish(directory, metrics, time.monotonic() - began, stats)
     context.storage.delete(ANSWERS)
@@ -155,16 +167,16 @@ class Answers:
                     self.examples += examples
         except (RuntimeError, ray.exceptions.RayError, *FAULTS) as error:
             answered = self.figures | self.faults
-            self.faults |= {task.name: str(error) for task in tasks if task.name not in answered}
+            self.faults |= {task.name: in_words(error) for task in tasks if task.name not in answered}
         for task in tasks:
             if task.name in self.faults:
                 self._context.note(f"{task.name} could not be asked: {self.faults[task.name]}")
 
 
-def headline(found: dict[str, Any]) -> dict[str, float]:
-    """Of a `summary`, what `fathom status` shows."""
+def headline(found: Summary) -> dict[str, float]:
+    """What `fathom status` shows."""
     metrics: dict[str, float] = {}
-    for score, parts in (("core", "core_labels"), ("chatcore", "chatcore_tasks")):
+    for score, (_, parts, _) in TOTALS.items():
         if found[score] is not None:
             of_parts = {parts: len(found[parts])}
             metrics |= {name: found[name] for name in (score, f"{score}_low", f"{score}_high")} | of_parts
@@ -176,20 +188,18 @@ def headline(found: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def told(found: dict[str, Any]) -> str:
-    """A line of a `summary`: the scores, and the tasks of ChatCORE one by one."""
-    parts = []
-    for title, score, names, whole in (
-        ("CORE", "core", "core_labels", LABELS),
-        ("ChatCORE", "chatcore", "chatcore_tasks", len(CHATCORE)),
-    ):
+def told(found: Summary, limit: int | None) -> list[str]:
+    """In words: the scores, the tasks of ChatCORE one by one, and what of CORE's data is missing."""
+    words = []
+    for score, (_, parts, whole) in TOTALS.items():
         if found[score] is not None:
-            of = f" of {len(found[names])} of {whole} tasks" if len(found[names]) < whole else ""
-            parts.append(f"{title}{'*' if of else ''} {found[score]:.4f}{of}")
+            of = f" of {len(found[parts])} of {whole} tasks" if len(found[parts]) < whole else ""
+            words.append(f"{titled(found, score, limit)} {found[score]:.4f}{of}")
     for name in found["chatcore_tasks"]:
         figures = found["tasks"][name]
-        parts.append(f"{name} {figures['accuracy']:.3f} ({figures['low']:.3f}-{figures['high']:.3f})")
-    return ", ".join(parts)
+        words.append(f"{name} {figures['accuracy']:.3f} ({figures['low']:.3f}-{figures['high']:.3f})")
+    missing = lacking(found["core_incomplete"])
+    return [", ".join(words), *([missing] if missing else [])]
 
 
 def samples(directory: Path, devices: Devices) -> list[dict[str, Any]]:

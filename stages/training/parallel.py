@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -218,6 +218,7 @@ def prepare(model: LanguageModel, config: EngineConfig, precision: str, world: W
             shard(block)
     if sharded:
         shard(model)
+        register_fsdp_forward_method(model, "run")
     if model.source is not None:
         _fill(model, model.source(model), world)
     return f"computes in {precision}; attention: {chosen.backend}, {chosen.reason}"
