@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, field
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -91,8 +91,11 @@ class Manifest:
 
     @model_validator(mode="after")
     def _each_file_once(self) -> Manifest:
-        if len({file.path for file in self.files}) < len(self.files):
+        paths = {file.path for file in self.files}
+        if len(paths) < len(self.files):
             raise ValueError("a file is listed twice")
+        if any(str(folder) in paths for path in paths for folder in PurePosixPath(path).parents):
+            raise ValueError("a file is listed as a folder, too")
         return self
 
     @model_validator(mode="after")
@@ -231,7 +234,7 @@ def _bring(storage: Storage, entry: FileEntry, root: Path) -> str | None:
     """Has a file below `root`; what is wrong with it, None when its SHA-256 is right."""
     if storage.local_path is not None:
         return _check(entry, root / entry.path)
-    lock = root / ".locks" / entry.path.replace("/", "%")
+    lock = root / ".locks" / hashlib.sha256(entry.path.encode()).hexdigest()
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as held:  # let go by the system when a process dies
         fcntl.flock(held, fcntl.LOCK_EX)

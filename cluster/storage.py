@@ -23,11 +23,13 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -40,17 +42,20 @@ READ_TRIES = 6
 AGREEING = 3  # readings that give the same wrong content, before that counts as what is stored
 PAUSE_SECONDS = 0.2  # before the second try, and longer before each one after it
 TEMPORARY = ".tmp-"
+JSON_BYTES = 256 << 20  # no file of JSON is as large
 MANIFEST = "manifest.json"  # what makes a folder an artifact, see cluster.manifest
 CHECKSUM = "sha256"  # the key of a JSON file that holds the SHA-256 of the others
 # Who may write below a run, named where a process claims it. Without it storage is not what it was, such as unmounted.
 MARKER = ".fathom-run"
 # A secret among the options of a URI; `user:password@` in it, as opposed to `host:port/...@`; and whatever stands
-# before an @ where a bucket's name should, or where a slash of the URI is missing.
+# before an @ where a bucket's or host's name should, or where a slash of the URI is missing.
 CREDENTIALS = re.compile(
-    r"""(\w[\w.+-]*://)(?:\S*[?&](?:sig|[\w-]*(?:secret|token|passw|access_?key|api_?key|credential|signature)[\w-]*)=
-        |[^\s/?#@"']*(?::|%3a)(?!\d+[/?#&])[^\s@"']*@)
-    |((?:s3a?|gc?s)://)(?!anonymous@)(?:[^\s/?#"']*@|[^\s/?#@"']*(?::|%3a)[^\s@"']*@)
-    |((?:\b(?:s3a?|gc?s):/|(?<![\w:/.])//)(?!/))[^\s/?#@"']*(?::|%3a)[^\s@"']*@""",
+    r"""(\w[\w.+-]*://)(?:
+        \S*[?&#;](?:sig|sas|pwd|key|auth|[\w-]*(?:secret|token|passw|credential|signature|(?:access|account|api)_?key)[\w-]*)=
+        |[^\s/?#@"']*:(?!\d+[/?#&])[^\s@"']*@)
+    |((?:https?|hf)://)[^\s/?#"']*@
+    |((?:s3a?|gc?s)://)(?!anonymous@)(?:[^/?#"']*@|[^/?#@"']*:[^@"']*@)
+    |((?:\b(?:s3a?|gc?s):/|(?<![\w:/.])//)(?!/))[^/?#@"']*:[^@"']*@""",
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -99,7 +104,7 @@ FileEntries = list[FileEntry]  # named here because Storage has a method called 
 def refuse_credentials(text: str) -> None:
     """Raises ValueError, which does not repeat them, for a URI that holds credentials: URIs are recorded with a run,
     hashed into what its artifacts are made from, and shown."""
-    if found := CREDENTIALS.search(text):
+    if found := CREDENTIALS.search(text) or CREDENTIALS.search(unquote(text)):
         scheme = next(filter(None, found.groups()))
         raise ValueError(
             f"a {scheme} URI with a key or password in it would be recorded and shown: take it out, and set "
@@ -124,14 +129,36 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     return filesystem, root.rstrip("/")
 
 
-def _named(infos: list[fs.FileInfo], folder: str) -> dict[str, fs.FileInfo]:
-    """Those of `infos` whose names are UTF-8, by path, as Arrow can name no others; that some are not is said once."""
-    named = {}
-    for info in infos:
-        with contextlib.suppress(UnicodeDecodeError):
-            named[info.path] = info
-    if len(named) < len(infos):
-        _say_unnamed(folder, len(infos) - len(named))
+def _local_files(root: str) -> dict[str, int]:
+    """Size of every file below a local folder, by path; not Arrow's list, which follows links to folders, in circles,
+    too."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # removed meanwhile, or never there
+            raise error
+
+    found = {}
+    for folder, _, names in os.walk(root, onerror=refuse):
+        for name in names:
+            path = os.path.join(folder, name)
+            with contextlib.suppress(FileNotFoundError):
+                known = os.stat(path)
+                if stat.S_ISREG(known.st_mode) and not name.startswith(TEMPORARY):
+                    found[os.path.relpath(path, root)] = known.st_size
+    return {path: found[path] for path in _utf8(found, root)}
+
+
+def _utf8(names: Iterable[str], folder: str) -> list[str]:
+    """Those of the names below a folder that are UTF-8; that some are not is said once."""
+    named, others = [], 0
+    for name in names:
+        try:
+            name.encode()
+            named.append(name)
+        except UnicodeEncodeError:
+            others += 1
+    if others:
+        _say_unnamed(folder, others)
     return named
 
 
@@ -261,10 +288,15 @@ class Storage:
     def exists(self, path: str = "") -> bool:
         return bool(self._info(path).type != fs.FileType.NotFound)
 
-    def read_bytes(self, path: str) -> bytes:
+    def read_bytes(self, path: str, most: int | None = None) -> bytes:
+        """A whole file. Raises DamagedError for one of more than `most` bytes."""
+
         def read() -> bytes:
             with self.open_read(path) as stream:
-                return bytes(stream.read())
+                data = bytes(stream.read(None if most is None else most + 1))
+            if most is not None and len(data) > most:
+                raise DamagedError(f"{self.uri}/{path} is damaged: it has more than {most:,} bytes")
+            return data
 
         return self.reading(path, read)
 
@@ -349,7 +381,7 @@ class Storage:
                 return None, f"it is not valid JSON: {error}"
             return value, ""
 
-        data = agreed(lambda: self.read_bytes(path), lambda data: not parsed(data)[1], f"{self.uri}/{path}")
+        data = agreed(lambda: self.read_bytes(path, JSON_BYTES), lambda data: not parsed(data)[1], f"{self.uri}/{path}")
         value, fault = parsed(data)
         if fault:
             raise DamagedError(f"{self.uri}/{path} is damaged: {fault}")
@@ -361,15 +393,15 @@ class Storage:
         self.write_bytes(path, json.dumps(plain | {CHECKSUM: checksum(plain)}, indent=1, sort_keys=True).encode())
 
     def list(self, path: str = "") -> dict[str, int]:
-        """Size in bytes of every file below `path`, by its path relative to `path`; {} if there is no such folder."""
+        """Size in bytes of every file below `path`, by its path relative to `path`; {} if there is no such folder. What
+        links to folders lead to is elsewhere, and not listed."""
         filesystem, full = self._at(path)
+        if self.local_path is not None:
+            return self.reading(path, lambda: _local_files(full))
         selector = fs.FileSelector(full, recursive=True, allow_not_found=True)
-        try:
-            found = self.reading(path, lambda: _named(filesystem.get_file_info(selector), full))
-        except NotADirectoryError:
-            return {}
-        files = {p: i for p, i in found.items() if i.type == fs.FileType.File}
-        return {p[len(full) :].lstrip("/"): i.size for p, i in files.items() if not i.base_name.startswith(TEMPORARY)}
+        found = self.reading(path, lambda: filesystem.get_file_info(selector))
+        files = [i for i in found if i.type == fs.FileType.File and not i.base_name.startswith(TEMPORARY)]
+        return {i.path[len(full) :].lstrip("/"): i.size for i in files}
 
     def sweep(self) -> None:
         """Removes the unfinished files of writers that were killed; only for the one that alone writes here."""
@@ -381,9 +413,12 @@ class Storage:
     def folders(self) -> Iterator[str]:
         """The names of the folders right below."""
         filesystem, full = self._at("")
+        if (root := self.local_path) is not None:
+            there = self.reading("", lambda: [f.name for f in root.iterdir() if f.is_dir()] if root.is_dir() else [])
+            return iter(_utf8(there, full))
         selector = fs.FileSelector(full, allow_not_found=True)
-        found = self.reading("", lambda: _named(filesystem.get_file_info(selector), full))
-        return (i.base_name for i in found.values() if i.type == fs.FileType.Directory)
+        found = self.reading("", lambda: filesystem.get_file_info(selector))
+        return (i.base_name for i in found if i.type == fs.FileType.Directory)
 
     def delete(self, path: str = "") -> None:
         """Remove a file or a tree; what is absent is fine."""
@@ -415,13 +450,19 @@ class Storage:
             return
         names = sorted(self.list(path), key=lambda name: name == MANIFEST)
         for name in names:  # read and written, as a copy within the store has a limit of 5 GB
-            with self.open_read(f"{path}/{name}") as source, self.open_write(f"{target}/{name}") as copy:
-                shutil.copyfileobj(source, copy, CHUNK)
-            if self.hash(f"{target}/{name}") != self.hash(f"{path}/{name}"):
+            for _ in range(TRIES):
+                self.reading(f"{path}/{name}", partial(self._copy, f"{path}/{name}", f"{target}/{name}"))
+                if self.hash(f"{target}/{name}") == self.hash(f"{path}/{name}"):
+                    break
+            else:
                 raise UnreachableError(f"{self.uri}/{path}/{name} could not be copied: run the same command again")
         if MANIFEST in names:
             self.delete(f"{path}/{MANIFEST}")
         filesystem.delete_dir(full)
+
+    def _copy(self, path: str, target: str) -> None:
+        with self.open_read(path) as source, self.open_write(target) as copy:
+            shutil.copyfileobj(source, copy, CHUNK)
 
     def upload(self, local: Path, path: str) -> FileEntry:
         """Copy a file here, then read it back and compare size and SHA-256.

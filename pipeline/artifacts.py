@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cluster import manifest as manifests
 from cluster.manifest import Manifest, informing
 from cluster.storage import DamagedError, FencedError, Storage, StorageError
-from pipeline.config import Config, identity_of
+from pipeline.config import STAGE_NAMES, Config, identity_of
 from stages.context import ANSWERS, PROGRESS, TRACEBACK, Progress, settled
 from stages.growing import NOTES
 
@@ -99,6 +99,7 @@ class RunStore:
 
     def set_aside(self, name: str) -> None:
         """Keeps the finished artifact of a stage that is made again, and removes what else the stage has."""
+        self._check_aside()
         try:
             made = manifests.read(self.stage(name))
         except DamagedError:
@@ -111,9 +112,12 @@ class RunStore:
 
     def settle(self) -> list[str]:
         """Ends what `set_aside` began: where the successor is there, its predecessor goes; where nothing of one is
-        that a next attempt goes on from, the predecessor comes back. Returns the stages that came back."""
+        that a next attempt goes on from, the predecessor comes back, if it is made of what is there now, and else
+        waits. Returns the stages that came back."""
+        self._check_aside()
         back = []
-        for name in {path.split("/")[0] for path in self.storage.list(SET_ASIDE)}:
+        aside = {path.split("/")[0] for path in self.storage.list(SET_ASIDE)}
+        for name in (name for name in STAGE_NAMES if name in aside):  # each after what it is made of
             stage = self.stage(name)
             try:
                 made = manifests.read(stage)
@@ -122,6 +126,8 @@ class RunStore:
                 continue
             if made is None:
                 if manifests.checkpoints(stage) or stage.list(NOTES) or stage.list(ANSWERS):
+                    continue
+                if not self._is_current(self.storage.at(SET_ASIDE, name)):
                     continue
                 trace = stage.read_bytes(TRACEBACK) if stage.exists(TRACEBACK) else None
                 self.storage.delete(name)
@@ -133,6 +139,27 @@ class RunStore:
         if not self.storage.list(SET_ASIDE):
             self.storage.delete(SET_ASIDE)
         return sorted(back)
+
+    def _check_aside(self) -> None:
+        if (root := self.storage.local_path) is not None and (root / SET_ASIDE).is_symlink():
+            raise StorageError(
+                f"{root / SET_ASIDE} is a link, and what --force replaces is kept there: remove the link"
+            )
+
+    def _is_current(self, aside: Storage) -> bool:
+        """Whether the artifact `aside` is made of what is there now."""
+        try:
+            made = manifests.read(aside)
+        except DamagedError:
+            return False
+        if made is None:
+            return False
+        for part, digest in made.upstream.items():
+            stage, _, prefix = part.partition(":")
+            upstream = manifests.read(self.stage(stage))
+            if upstream is None or upstream.digest(prefix) != digest:
+                return False
+        return True
 
     def record(self, config: Config) -> None:
         """Keep the configuration beside the artifacts, for status."""

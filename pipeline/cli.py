@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if "--debug" in rest else logging.WARNING, handlers=[warnings])
     command = importlib.import_module(f"pipeline.{name}")
     try:
-        refuse_credentials(" ".join(rest))
+        for argument in rest:
+            refuse_credentials(argument)
         refuse_empty(name, rest)
         status = int(command.main(rest))
         sys.stdout.flush()

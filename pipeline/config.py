@@ -10,14 +10,14 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, NoReturn, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from cluster.storage import EMPTY, Storage
+from cluster.storage import EMPTY, Storage, refuse_credentials
 from corpus.sources import CORPORA, SYNTHETIC
 from corpus.sources import characters as measured
 from models.spec import Family
@@ -222,7 +222,12 @@ def load_config(
         given = _merge(given, layer)
     named = preset_values(preset) if preset is not None else {}
     values = _with_mixtures(_merge(_giving_way(named, given), given), [named, *layers])
-    _refuse_unknown_keys(values)
+    try:
+        _refuse_unknown_keys(values)
+        for text in _texts(values):
+            refuse_credentials(text)
+    except RecursionError:
+        raise ConfigError("the settings are nested too deep: no setting has more than five names") from None
     values = _with_environment(values)
     if isinstance(place := values.get("evaluate", {}).get("data"), str):
         values["evaluate"]["data"] = absolute(place)
@@ -482,6 +487,14 @@ def _takes_text(key: str) -> bool:
             return False
     kind = getattr(model.model_fields.get(field), "annotation", None)
     return bool({str, EnvironmentFile} & set(get_args(kind) if isinstance(kind, UnionType) else [kind]))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in a tree of values."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _texts(inner)
 
 
 def _refuse_unknown_keys(values: dict[str, Any]) -> None:

@@ -214,7 +214,7 @@ def run_stage(name: str, config: Config, devices: Devices, token: str, *waits_fo
     if state.drift and any(digest.startswith(GROWING) for digest in digests.values()):
         raise StageError("its checkpoints are of rows that ingest made with other settings: --force base begins anew")
     if state.drift:  # what it was made from has just been made again
-        manifests.remove(store.stage(name))
+        store.set_aside(name)
     context = StageContext(
         run=config.name,
         stage=name,

@@ -29,10 +29,17 @@ with RunStore(sys.argv[1], "r").claim():
 """
 
 
-def finish(store: RunStore, stage: str, identity: dict[str, Any], upstream: dict[str, str], path: str = "") -> None:
+def finish(
+    store: RunStore,
+    stage: str,
+    identity: dict[str, Any],
+    upstream: dict[str, str],
+    path: str = "",
+    data: bytes = b"w" * 64,
+) -> None:
     """Write a real artifact (or checkpoint, below `path`) of one file."""
     at = store.stage(stage).at(path)
-    at.write_bytes("weights", b"w" * 64)
+    at.write_bytes("weights", data)
     source = Path(at.uri) / "weights"
     manifests.write(at, Manifest(store.run, stage, [at.upload(source, "weights")], identity, upstream))
 
@@ -192,6 +199,44 @@ def test_what_force_replaces_stays_until_its_successor_is_there(store: RunStore)
         assert store.settle() == []
     assert store.state("base", {"n": 2}, {}).state == "done"
     assert not store.storage.list(".set-aside")
+
+
+def test_what_is_set_aside_comes_back_only_to_what_it_is_made_of(store: RunStore) -> None:
+    """Else it waits until its successor is there: nothing of a run is removed for what then fails."""
+    finish(store, "ingest", {"n": 1}, {})
+    made = manifests.read(store.stage("ingest"))
+    assert made is not None
+    of_ingest = {"ingest": made.digest()}
+    finish(store, "base", {}, of_ingest)
+    with store.claim():
+        store.set_aside("base")
+        assert store.settle() == ["base"], "a failed attempt"
+        store.set_aside("base")
+        store.remove("ingest")
+        finish(store, "ingest", {"n": 2}, {}, data=b"other")
+        assert store.settle() == [] and not store.stage("base").exists()
+        aside = manifests.read(store.storage.at(".set-aside/base"))
+        assert aside is not None and aside.upstream == of_ingest
+        finish(store, "base", {}, {})
+        assert store.settle() == [] and not store.storage.list(".set-aside")
+
+
+def test_only_stages_come_back_from_aside_and_from_nowhere_else(store: RunStore, tmp_path: Path) -> None:
+    run = Path(store.storage.uri)
+    with store.claim():
+        store.storage.write_bytes(".set-aside/.fathom-run/x", b"")
+        store.storage.write_bytes(".set-aside/config.json", b"{}")
+        before = (run / ".fathom-run").read_bytes()
+        assert store.settle() == [] and (run / ".fathom-run").read_bytes() == before
+        store.storage.delete(".set-aside")
+        (tmp_path / "home" / "base").mkdir(parents=True)
+        (tmp_path / "home" / "base" / "thesis").write_text("years")
+        (run / ".set-aside").symlink_to(tmp_path / "home")
+        with pytest.raises(StorageError, match="remove the link"):
+            store.settle()
+        with pytest.raises(StorageError, match="remove the link"):
+            store.set_aside("ingest")
+    assert (tmp_path / "home" / "base" / "thesis").exists()
 
 
 def test_a_claim_sweeps_what_a_killed_process_was_writing(store: RunStore) -> None:

@@ -677,3 +677,11 @@ def test_arrays_and_objects_that_nest_deeply_are_refused() -> None:
 def test_a_value_that_nests_deeply_on_the_command_line_is_one_message() -> None:
     with pytest.raises(ConfigError, match=r"^base\.steps = "):
         parsed("--set", f"base.steps={'[' * 50_000}")
+
+
+def test_a_preset_of_endless_depth_gets_one_message(tmp_path: Path) -> None:
+    preset = tmp_path / "deep.toml"
+    for text in (f"[{'.'.join('a' * 20_000)}]\n", "a = " + "[" * 100_000):
+        preset.write_text(text)
+        with pytest.raises(ConfigError):
+            load_config(str(preset))

@@ -9,7 +9,8 @@ from runs import fathom, one_clear_message
 from test_artifacts import finish
 
 from cluster import manifest as manifests
-from pipeline import cli
+from cluster.resources import Devices
+from pipeline import cli, dag
 from pipeline.artifacts import RunStore
 from pipeline.config import Config, ConfigError, identity_of, load_config, select, stage_names
 from pipeline.dag import UPSTREAM, StageError, may_begin_on_part, plan, reusable, reuse, upstream_digests
@@ -132,6 +133,23 @@ def test_a_killed_stage_does_not_go_on_under_another_configuration(store: RunSto
     leave_half_done(store, config, "mid")
     with store.claim(), pytest.raises(StageError, match=r"mid: mid\.matrix_lr: 0\.02 -> 0\.5(.|\n)*--force mid"):
         actions(store, changed(config, "mid.matrix_lr=0.5"))
+
+
+def test_what_is_made_again_after_what_it_reads_is_kept_until_then(
+    store: RunStore, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base is another one now; the attempt to make mid of it fails."""
+    store.remove("base")
+    finish(store, "base", identity_of("base", config), {}, data=b"other")
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(dag, "execute", fail)
+    with store.claim() as claim, pytest.raises(MemoryError):
+        dag.run_stage._function("mid", config, Devices("cpu", 2, 0), claim.token)
+    assert manifests.read(store.stage("mid")) is None
+    assert manifests.read(store.storage.at(".set-aside/mid")) is not None
 
 
 def test_a_checkpoint_that_says_nothing_of_ingest_is_of_no_part_of_it(store: RunStore) -> None:

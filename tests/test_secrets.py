@@ -21,6 +21,7 @@ from runs import Command, Run, fathom, one_clear_message, ray_directory, start
 from test_job import head_node
 
 from cluster.storage import Storage, refuse_credentials
+from pipeline.config import load_config
 
 NAMES = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS")
 SECRETS = {name: f"planted{uuid.uuid4().hex}" for name in NAMES}  # this process's own: it looks at the whole machine
@@ -154,6 +155,12 @@ URIS = {
     "https://host/x.jsonl?X-Amz-Signature=planted0three": True,
     "abfs://files@account.dfs.core.windows.net/x?sig=planted0three": True,
     "gs://bucket/x?credentials=planted0three": True,
+    "s3://bucket?secret%5Fkey=planted0three": True,
+    "s3://AKPLANTED0TWO:planted0 three@bucket": True,
+    "s3://bucket#secret_key=planted0three": True,
+    "abfs://files@account.dfs.core.windows.net/x?account_key=planted0three": True,
+    "https://planted0three@host/x.jsonl": True,
+    "hf://planted0three@datasets/some/corpus": True,
     "gs://anonymous@bucket/runs": False,
     "hf://datasets/some/corpus@main/x.parquet": False,
     "s3://bucket/runs?scheme=http&endpoint_override=127.0.0.1:9000": False,
@@ -175,6 +182,16 @@ def test_a_uri_with_credentials_is_refused_without_repeating_them(uri: str) -> N
     with pytest.raises(ValueError, match="AWS_ACCESS_KEY_ID") as refused:
         Storage(uri)
     assert "lanted0" not in str(refused.value)
+
+
+def test_a_preset_with_credentials_is_refused(tmp_path: Path) -> None:
+    """Which no command line shows."""
+    preset = tmp_path / "mine.toml"
+    for uri in (uri for uri in URIS if URIS[uri]):
+        preset.write_text(f'[data.mid.own]\nsource = "{uri}"\nformat = "chat"\n')
+        with pytest.raises(ValueError, match="AWS_ACCESS_KEY_ID") as refused:
+            load_config(str(preset))
+        assert "lanted0" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
