@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime
+from types import TracebackType
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -66,6 +67,15 @@ class Diary:
         self._run, self._before = run, attempts(run)
         self.attempt = Attempt(arguments=arguments, actions=actions, hardware=hardware)
         self._write()
+
+    def __enter__(self) -> Diary:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.end("interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__)
 
     def tell(self, stage: str, text: str) -> None:
         if len(self.attempt.told) < MOST_TOLD:

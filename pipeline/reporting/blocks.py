@@ -1,8 +1,9 @@
-"""What a report is made of, before it is HTML or Markdown: sections of blocks of plain text. Nothing is escaped here."""
+"""What a report is made of, before it is HTML or Markdown: sections of blocks of plain text, not yet escaped."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -123,7 +124,7 @@ def thinned(steps: np.ndarray, values: np.ndarray, most: int) -> np.ndarray:
         return np.arange(count)
     edges = np.linspace(0, count, max(1, (most - 2) // 2) + 1).astype(int)
     kept = {0, count - 1}
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
+    for first, end in pairwise(edges.tolist()):
         if end > first:
             kept |= {first + int(values[first:end].argmin()), first + int(values[first:end].argmax())}
     return np.array(sorted(kept))

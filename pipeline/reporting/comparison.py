@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config import STAGE_NAMES
 from pipeline.reporting.blocks import Block, Charts, Code, Document, Fold, Items, Section, Table, Text, Tile, Tiles
-from pipeline.reporting.curves import OTHER_STAGES, overlaid, points_each
+from pipeline.reporting.curves import RECORDED, overlaid, points_each
 from pipeline.reporting.document import (
     MOST_SETTINGS,
     Known,
@@ -59,7 +59,7 @@ def _overview(runs: list[RunFacts], known: Known) -> Table:
     rows.append(["hardware", *(hardware(run, known) or "not recorded" for run in runs)])
     rows.append(["time of all stages", *(duration(run.seconds) for run in runs)])
     rows.append(["cost", *("–" if (usd := cost(run, known)) is None else money(usd) for run in runs)])
-    for stage in OTHER_STAGES:
+    for stage in RECORDED:
         there = [run.stage(stage) for run in runs]
         if not any(facts and facts.columns for facts in there):
             continue
@@ -101,7 +101,7 @@ def _evaluations(runs: list[RunFacts]) -> list[Block]:
 
 def _curves(runs: list[RunFacts]) -> list[Block]:
     most, blocks = points_each(runs), list[Block]()
-    for stage in OTHER_STAGES:
+    for stage in RECORDED:
         if found := overlaid(runs, stage, most):
             blocks.append(Fold(f"{stage}: {len(found)} charts", [Charts(found)]))
     return blocks or [Text("None of these runs has a record yet.")]

@@ -29,7 +29,7 @@ UNDRAWN = re.compile(
     r"\w*_(low|high)|best_step|skipped|prompts|weight_version|actors_replaced|trained_tokens|tokens|"
     r"completion_tokens_sum|val_problems|val_sampled_\w+"
 )
-OTHER_STAGES = ("base", "mid", "sft", "rl")
+RECORDED = ("base", "mid", "sft", "rl")
 
 
 def panels(stage: StageFacts) -> list[tuple[str, str, list[str]]]:

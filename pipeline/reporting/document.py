@@ -25,7 +25,7 @@ from pipeline.reporting.blocks import (
     Tile,
     Tiles,
 )
-from pipeline.reporting.curves import OTHER_STAGES, charts, points_each
+from pipeline.reporting.curves import RECORDED, charts, points_each
 from pipeline.reporting.facts import Answered, RunFacts, StageFacts
 from pipeline.timing import Calibration
 from pipeline.tracking import duration, key_metrics
@@ -116,7 +116,10 @@ def how_good(run: RunFacts) -> tuple[str, str]:
         name = name or ("loss" if "loss" in stage.columns else None)
         if name is not None:
             at = int(stage.columns[name][0][-1])
-            return f"{name} {number(float(stage.columns[name][1][-1]))}", f"{meaning(name)}, at step {at:,} of {stage.name}"
+            return (
+                f"{name} {number(float(stage.columns[name][1][-1]))}",
+                f"{meaning(name)}, at step {at:,} of {stage.name}",
+            )
     return "not known", "nothing is evaluated yet"
 
 
@@ -138,7 +141,7 @@ def what_and_cost(run: RunFacts, known: Known) -> list[Block]:
         rows.append(["parameters", f"{size:,.0f}"])
         rows.append(["shape", shape(run)])
     for stage in run.stages:
-        if stage.name in OTHER_STAGES and len(stage.tokens):
+        if stage.name in RECORDED and len(stage.tokens):
             what = "tokens of completions in" if stage.name == "rl" else "tokens of"
             rows.append([f"{what} {stage.name}", f"{stage.tokens[-1]:,.0f} in {len(stage.steps):,} steps"])
     rows.append(["hardware", hardware(run, known) or "not recorded"])
@@ -151,7 +154,13 @@ def what_and_cost(run: RunFacts, known: Known) -> list[Block]:
     else:
         rows.append(["cost", "not known: --usd-per-gpu-hour says what an hour of a device costs"])
     stages = [
-        [s.name, s.state, duration(s.seconds), key_metrics(s.metrics).replace("  ", ", "), (s.created or "").replace("T", " ").removesuffix("+00:00")]
+        [
+            s.name,
+            s.state,
+            duration(s.seconds),
+            key_metrics(s.metrics).replace("  ", ", "),
+            (s.created or "").replace("T", " ").removesuffix("+00:00"),
+        ]
         for s in run.stages
     ]
     total = ["all", run.state, duration(run.seconds), "", ""]
@@ -219,7 +228,7 @@ def planned_and_measured(run: RunFacts, known: Known) -> list[Block]:
     except (ConfigError, ValueError) as error:
         return [Text(f"No plan can be made of this configuration: {error}", "bad")]
     rows = []
-    for name, stages in (*((s, [s]) for s in OTHER_STAGES), ("evaluate", _evaluations_of(run))):
+    for name, stages in (*((s, [s]) for s in RECORDED), ("evaluate", _evaluations_of(run))):
         seconds = [facts.seconds for s in stages if (facts := run.stage(s)) and facts.state == "done" and facts.seconds]
         hours = numbers["hours"].get(name)
         if seconds or hours is not None:
@@ -229,7 +238,9 @@ def planned_and_measured(run: RunFacts, known: Known) -> list[Block]:
         final, speed = base.last("loss"), base.middle("tokens_per_second")
         steps = float(len(base.steps)) or None
         rows.append(_beside("steps of base", numbers["steps"], steps, number))
-        rows.append(_beside("tokens of base", numbers["tokens"], float(base.tokens[-1]) if len(base.tokens) else None, number))
+        rows.append(
+            _beside("tokens of base", numbers["tokens"], float(base.tokens[-1]) if len(base.tokens) else None, number)
+        )
         memory = float(base.columns["memory_gb"][1].max()) if "memory_gb" in base.columns else None
         rows.append(_beside("memory of a worker in base, GB", alone["memory_gb"]["total"], memory, number))
         rows.append(_beside("tokens a second in base", numbers["tokens_per_second"], speed, number))
@@ -471,7 +482,9 @@ def incidents(run: RunFacts) -> list[str]:
         if "skipped" in stage.columns:
             at = stage.columns["skipped"][0][stage.columns["skipped"][1] > 0].astype(int).tolist()
             if at:
-                found.append(f"{stage.name}: {len(at):,} step(s) skipped, as their gradients were not finite: {listed(at)}")
+                found.append(
+                    f"{stage.name}: {len(at):,} step(s) skipped, as their gradients were not finite: {listed(at)}"
+                )
         for name, steps in stage.lost_values.items():
             found.append(f"{stage.name}: {name} was not finite at {len(steps):,} step(s): {listed(steps)}")
         if "actors_replaced" in stage.columns and (lost := stage.columns["actors_replaced"][1].max()) > 0:

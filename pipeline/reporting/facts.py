@@ -21,7 +21,7 @@ from cluster.storage import Storage, StorageError
 from pipeline.artifacts import RunStore, StageState
 from pipeline.attempts import Attempt, attempts
 from pipeline.config import Config
-from pipeline.status import run_states
+from pipeline.status import overall, run_states
 
 Columns = dict[str, tuple[np.ndarray, np.ndarray]]  # of each figure of a record (steps, values), both (n,) float64
 Value = TypeVar("Value")
@@ -134,11 +134,7 @@ class RunFacts:
 
     @property
     def state(self) -> str:
-        """Of the run as a whole: done, running, failed, or stopped before its end."""
-        states = {stage.state for stage in self.stages}
-        if states <= {"done"}:
-            return "done"
-        return next((state for state in ("running", "failed", "drifted") if state in states), "stopped")
+        return overall(stage.state for stage in self.stages)
 
     @property
     def seconds(self) -> float:

@@ -41,7 +41,9 @@ def page(document: Document) -> str:
         inner = "\n".join(_block(block, curves) for block in section.blocks)
         parts.append(f'<section id="s{i}"><h2>{text(section.title)}</h2>\n{inner}\n</section>')
     links = "".join(f'<li><a href="#s{i}">{text(s.title)}</a></li>' for i, s in enumerate(document.sections))
-    style, script = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style, script = (
+        files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "report.js")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
@@ -78,14 +80,21 @@ class Curves:
 
     def add(self, chart: Chart) -> int:
         series = [self._series(one) for one in chart.series]
-        self._charts.append({"title": plain(chart.title), "unit": chart.unit, "log": chart.logarithmic, "series": series})
+        self._charts.append(
+            {"title": plain(chart.title), "unit": chart.unit, "log": chart.logarithmic, "series": series}
+        )
         return len(self._charts) - 1
 
     def values(self) -> dict[str, Any]:
         return {"charts": self._charts, "axes": self._axes}
 
     def _series(self, one: Series) -> dict[str, Any]:
-        found = {"name": plain(one.name), "axis": self._axis(one.axis), "x": numbers(one.points[0]), "y": numbers(one.points[1])}
+        found = {
+            "name": plain(one.name),
+            "axis": self._axis(one.axis),
+            "x": numbers(one.points[0]),
+            "y": numbers(one.points[1]),
+        }
         if one.smooth is not None:
             found |= {"sx": numbers(one.smooth[0]), "sy": numbers(one.smooth[1])}
         if one.low is not None and one.high is not None:
@@ -137,8 +146,7 @@ def _table(table: Table) -> str:
     if any(table.columns):
         head = f"<thead><tr>{''.join(f'<th scope=col>{text(name)}</th>' for name in table.columns)}</tr></thead>"
     rows = "".join(
-        f"<tr><th scope=row>{text(first)}</th>{''.join(map(_cell, rest))}</tr>"
-        for first, *rest in table.rows
+        f"<tr><th scope=row>{text(first)}</th>{''.join(map(_cell, rest))}</tr>" for first, *rest in table.rows
     )
     caption = f"<caption>{text(table.caption)}</caption>" if table.caption else ""
     # it scrolls by itself where it is too wide, with the keyboard, too

@@ -6,11 +6,25 @@ import re
 
 import numpy as np
 
-from pipeline.reporting.blocks import Block, Chart, Charts, Code, Document, Fold, Items, Section, Series, Table, Text, Tiles
+from pipeline.reporting.blocks import (
+    Block,
+    Chart,
+    Charts,
+    Code,
+    Document,
+    Fold,
+    Items,
+    Section,
+    Series,
+    Table,
+    Text,
+    Tiles,
+)
 from pipeline.terminal import plain
 
 VALUES = 6  # of a curve, from its first to its last
-SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$@:-])")
+# what would begin markup: anywhere, beside a word (an underscore within one is none), and at the beginning of a line
+SPECIAL = re.compile(r"[\\`*{}\[\]!|~$@]|(?<!\w)_|_(?!\w)|^[-+#=](?=\s|[-+#=]|$)|(?<=^\d)[.)]", re.MULTILINE)
 
 
 def markdown(document: Document) -> str:
@@ -20,7 +34,7 @@ def markdown(document: Document) -> str:
 
 def text(value: str) -> str:
     """Text from anywhere, which Markdown shows as it is: no markup of its own, no HTML, no link, in one line."""
-    kept = SPECIAL.sub(r"\\\1", plain(value))
+    kept = SPECIAL.sub(r"\\\g<0>", plain(value))
     return kept.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", "<br>")
 
 
