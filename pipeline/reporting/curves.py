@@ -102,11 +102,12 @@ def _axis(stage: StageFacts) -> Axis:
 
 
 def _logarithmic(name: str, series: list[Series]) -> bool:
-    """Where values span more than a factor of twenty, or are known to; never where some are not above 0."""
+    """Where most values span more than a factor of twenty, or are known to; never where some are not above 0. Beyond a
+    million, the least are zeros but for rounding."""
     values = np.concatenate([s.points[1] for s in series])
     if not len(values) or values.min() <= 0:
         return False
-    if name.endswith(("_share", "per_second")) or "pass_at" in name:
+    if name.endswith(("_share", "_ms", "per_second")) or "pass_at" in name:
         return False
     body = np.quantile(values, (0.02, 0.98))
-    return bool(re.fullmatch(LOGARITHMIC, name) or body[1] > 20 * body[0])
+    return bool(re.fullmatch(LOGARITHMIC, name) or 20 * body[0] < body[1] < 1e6 * body[0])

@@ -9,7 +9,7 @@ let by = "steps";
 
 function short(value) {
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e15)) return value.toExponential(1);
+  if (size !== 0 && (size < 1e-3 || size >= 1e15)) return value.toExponential(1).replace(".0e", "e");
   const options = size >= 1e4 ? { notation: "compact", maximumSignificantDigits: 4 } : { maximumSignificantDigits: 4 };
   return value.toLocaleString("en", options);
 }
@@ -33,6 +33,12 @@ function ticks(low, high, count) {
   const found = [];
   for (let n = Math.ceil(low / step); n * step <= high + step * 1e-9; n++) found.push(n * step);
   return found;
+}
+
+// Labels of ticks, with as many digits as tell one from the next.
+function labelled(values) {
+  const labels = values.map(short);
+  return new Set(labels).size === labels.length ? labels : values.map(value => String(Number(value.toPrecision(9))));
 }
 
 function powers(low, high) {
@@ -134,14 +140,16 @@ class Plot {
     this.width = width - LEFT - RIGHT;
     this.px = x => LEFT + (x - x0) / (x1 - x0) * this.width;
     this.py = y => TOP + (1 - (scaled(y) - scaled(y0)) / (scaled(y1) - scaled(y0))) * (HEIGHT - TOP - BOTTOM);
-    for (const y of this.log ? powers(y0, y1) : ticks(y0, y1, 5)) {
+    const ys = this.log ? powers(y0, y1) : ticks(y0, y1, 5), xs = ticks(x0, x1, width > 500 ? 8 : 4);
+    const [ylabels, xlabels] = [labelled(ys), labelled(xs)];
+    ys.forEach((y, i) => {
       this.make("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: this.py(y), y2: this.py(y) });
-      this.make("text", { x: LEFT - 6, y: this.py(y) + 4, "text-anchor": "end" }).textContent = short(y);
-    }
-    for (const x of ticks(x0, x1, width > 500 ? 8 : 4)) {
+      this.make("text", { x: LEFT - 6, y: this.py(y) + 4, "text-anchor": "end" }).textContent = ylabels[i];
+    });
+    xs.forEach((x, i) => {
       this.make("line", { class: "grid", x1: this.px(x), x2: this.px(x), y1: TOP, y2: HEIGHT - BOTTOM });
-      this.make("text", { x: this.px(x), y: HEIGHT - BOTTOM + 14, "text-anchor": "middle" }).textContent = short(x);
-    }
+      this.make("text", { x: this.px(x), y: HEIGHT - BOTTOM + 14, "text-anchor": "middle" }).textContent = xlabels[i];
+    });
     this.make("text", { x: LEFT + this.width / 2, y: HEIGHT - 3, "text-anchor": "middle" }).textContent = LABELS[by];
     const id = `clip${this.figure.dataset.chart}`;
     const clip = this.make("clipPath", { id });
