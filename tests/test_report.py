@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import os
 import re
 import shlex
+import tempfile
 import time
 from base64 import b64encode
 from collections.abc import Sequence
@@ -18,9 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import CHROMIUM, Page, look
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from test_status import VALUES
 
 from cluster import manifest as manifests
 from cluster.manifest import METRICS, Manifest, checkpoint_path
@@ -435,6 +439,44 @@ def test_what_lies_in_storage_costs_a_report_no_more_than_its_own_part(tmp_path:
     assert "3 lines of" in said and "completions.jsonl are of another form" in said
     assert f"5 lines of {METRICS} are no records" in said and "mid failed" in said
     assert "Loss" in curves(page(found))  # of the other stages
+
+
+FILES = {
+    "base": ("manifest.json", METRICS),
+    "mid": ("manifest.json", "progress.json"),
+    "evaluate_sft": ("manifest.json", "completions.jsonl"),
+    "evaluate_base": ("samples.jsonl",),
+    "ingest": ("manifest.json",),
+    "": ("attempts.json", "config.json"),
+}
+
+
+@settings(max_examples=int(os.environ.get("FATHOM_FUZZ", "40")), deadline=None)
+@given(data=st.data())
+def test_whatever_lies_in_storage_there_is_a_report_or_one_message(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Made(Path(folder)).whole()
+        Diary(made.store.storage, ["--preset", "demo"], {"base": "run"}, "2 CPU cores").end("done")
+        stage = data.draw(st.sampled_from(sorted(FILES)))
+        file = Path(made.store.storage.uri) / stage / data.draw(st.sampled_from(FILES[stage]))
+        lines = (
+            file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()] if file.exists() else []
+        )
+        raw = json.loads(lines[0]) if lines else {"state": "running", "metrics": {"loss": 1.0}, "notes": []}
+        inner, depth = raw, 0
+        while depth < 4 and isinstance(inner, dict) and inner:
+            name = data.draw(st.sampled_from(sorted(inner)))
+            if not (isinstance(inner[name], dict) and data.draw(st.booleans())):
+                inner[name] = data.draw(VALUES | st.floats() | st.just(10**400) | st.just(SCRIPT))
+                break
+            inner, depth = inner[name], depth + 1
+        raw.pop("sha256", None)
+        file.write_text("\n".join([json.dumps(raw), *lines[1:]]))
+        out, said = Path(folder) / "out", io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = cli.main(["report", "r", "--storage", folder, "--out", str(out)])
+        assert code in (0, 1) and (code or Elements((out / "report.html").read_text()).tags.count("script") == 2)
+        assert "Traceback" not in said.getvalue()
 
 
 def test_the_report_of_a_run_lies_beside_its_artifacts(tmp_path: Path) -> None:

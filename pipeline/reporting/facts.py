@@ -181,9 +181,18 @@ def _stage(store: RunStore, state: StageState, config: Config | None, unread: li
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """Those that are finite numbers."""
-    kept = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return {k: v for k, v in kept.items() if math.isfinite(v)}
+    """Those that are finite numbers, whole ones whole."""
+    return {name: value for name, value in values.items() if (n := _number(value)) is not None and math.isfinite(n)}
+
+
+def _number(value: Any) -> float | None:
+    """A value of a record as a number, infinite where it is too large for one; None for what is none."""
+    if type(value) not in (int, float, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def columns_of(text: str) -> tuple[Columns, dict[str, list[int]], int]:
@@ -203,13 +212,7 @@ def columns_of(text: str) -> tuple[Columns, dict[str, list[int]], int]:
             bad += 1
             continue
         for name, value in record.items():
-            try:
-                number = float(value) if type(value) in (int, float) else None
-            except OverflowError:
-                number = math.inf
-            if type(value) is bool:
-                number = float(value)
-            if number is None:
+            if (number := _number(value)) is None:
                 continue
             if math.isfinite(number):
                 steps.setdefault(name, []).append(step)
