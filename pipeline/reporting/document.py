@@ -103,14 +103,17 @@ def how_good(run: RunFacts) -> tuple[str, str]:
         name = next((name for name in HEADLINES if name in stage.metrics), None)
         if name is None:
             continue
+        share = name == "greedy"
+        figure = percent if share else number
         before = [s for s in evaluated[: evaluated.index(stage)] if name in s.metrics]
-        gain = f"; {before[-1].metrics[name]:.3g} after {of(before[-1])}" if before else ""
-        interval = between(stage.metrics, name)
-        what = {"greedy": f"of {number(stage.metrics.get('problems', math.nan))} held-out problems solved"}
-        figure = percent(stage.metrics[name]) if name == "greedy" else f"{number(stage.metrics[name])}"
-        words = what.get(name, f"{name}: {meaning(name)}")
-        below = f"{words}, after {of(stage)}{f', 95% {interval}' if interval else ''}{gain}"
-        return figure, below
+        gain = f"; {figure(before[-1].metrics[name])} after {of(before[-1])}" if before else ""
+        bounds = [stage.metrics.get(f"{name}_{end}") for end in ("low", "high")]
+        interval = (
+            f", 95% interval {' to '.join(figure(b) for b in bounds if b is not None)}" if None not in bounds else ""
+        )
+        problems = f"of {number(stage.metrics.get('problems', math.nan))} held-out problems solved"
+        words = problems if share else f"{name}: {meaning(name)}"
+        return figure(stage.metrics[name]), f"{words}, after {of(stage)}{interval}{gain}"
     for stage in reversed(run.stages):
         name = next((n for n in stage.columns if n.startswith("val_bpb")), None)
         name = name or ("loss" if "loss" in stage.columns else None)

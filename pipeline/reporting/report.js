@@ -140,7 +140,7 @@ class Plot {
     this.width = width - LEFT - RIGHT;
     this.px = x => LEFT + (x - x0) / (x1 - x0) * this.width;
     this.py = y => TOP + (1 - (scaled(y) - scaled(y0)) / (scaled(y1) - scaled(y0))) * (HEIGHT - TOP - BOTTOM);
-    const ys = this.log ? powers(y0, y1) : ticks(y0, y1, 5), xs = ticks(x0, x1, width > 500 ? 8 : 4);
+    const ys = this.log ? powers(y0, y1) : ticks(y0, y1, 5), xs = ticks(x0, x1, width > 500 ? 9 : 5);
     const [ylabels, xlabels] = [labelled(ys), labelled(xs)];
     ys.forEach((y, i) => {
       this.make("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: this.py(y), y2: this.py(y) });
