@@ -107,9 +107,10 @@ class LiveView:
                     self._say(name, row, before != row.state, now)
                 notes = row.progress.notes if row.progress else []
                 row.told = row.told if row.told <= len(notes) else 0  # a new attempt has begun
+                for note in notes[row.told :]:
+                    self.tell(name, note)
                 for note in [*notes[row.told :], *row.left_out]:
                     say(self.console, f"{name:<14}  {note}")
-                    self.tell(name, note)
                 row.told = len(notes)
         if self.console.is_terminal:
             self.live.update(self._table())
