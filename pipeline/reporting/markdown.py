@@ -24,7 +24,8 @@ from pipeline.terminal import plain
 
 VALUES = 6  # of a curve, from its first to its last
 # what would begin markup: anywhere, beside a word (an underscore within one is none), and at the beginning of a line
-SPECIAL = re.compile(r"[\\`*{}\[\]!|~$@]|(?<!\w)_|_(?!\w)|^[-+#=](?=\s|[-+#=]|$)|(?<=^\d)[.)]", re.MULTILINE)
+SPECIAL = re.compile(r"[\\`*{}\[\]!|~$@]|(?<!\w)_|_(?!\w)|^[-+#=](?=\s|[-+#=]|$)", re.MULTILINE)
+NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)", re.MULTILINE)
 
 
 def markdown(document: Document) -> str:
@@ -34,7 +35,7 @@ def markdown(document: Document) -> str:
 
 def text(value: str) -> str:
     """Text from anywhere, which Markdown shows as it is: no markup of its own, no HTML, no link, in one line."""
-    kept = SPECIAL.sub(r"\\\g<0>", plain(value))
+    kept = NUMBERED.sub(r"\1\\\2", SPECIAL.sub(r"\\\g<0>", plain(value)))
     return kept.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", "<br>")
 
 
