@@ -56,8 +56,8 @@ def listed(store: RunStore) -> Listed:
     evaluated = [state for state in done if state.name.startswith("evaluate_") and state.manifest]
     if not figures and (last := (evaluated or done)[-1:]) and last[0].manifest:
         figures = last[0].manifest.metrics
-    error = next((state.error for state in states if state.error), None)
-    return Listed(store.run, whole, len(done), len(states), at.name, figures, _ago(moments), error)
+    fault = next((state.error for state in states if state.error), None)
+    return Listed(store.run, whole, len(done), len(states), at.name, figures, _ago(moments), fault)
 
 
 def _ago(moments: list[str]) -> float | None:

@@ -13,11 +13,13 @@ FEWEST, MOST = 60, 800  # points of one curve
 SMOOTH_FROM = 40  # points: from here on a mean of neighbours is drawn over them
 SMOOTH_POINTS = 150
 
+Kind = Literal["plain", "good", "bad"]
+
 
 @dataclass(frozen=True)
 class Text:
     text: str
-    kind: Literal["plain", "good", "bad"] = "plain"
+    kind: Kind = "plain"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Tile:
     title: str
     figure: str
     below: str = ""
-    kind: Literal["plain", "good", "bad"] = "plain"
+    kind: Kind = "plain"
 
 
 @dataclass(frozen=True)

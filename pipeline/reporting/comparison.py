@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from pipeline.config import STAGE_NAMES
-from pipeline.reporting.blocks import Block, Charts, Code, Document, Fold, Items, Section, Table, Text, Tile, Tiles
+from pipeline.reporting.blocks import (
+    Block,
+    Charts,
+    Code,
+    Document,
+    Fold,
+    Items,
+    Kind,
+    Section,
+    Table,
+    Text,
+    Tile,
+    Tiles,
+)
 from pipeline.reporting.curves import RECORDED, overlaid, points_each
 from pipeline.reporting.document import (
     MOST_SETTINGS,
@@ -48,7 +61,7 @@ def _tile(run: RunFacts, known: Known) -> Tile:
     figure, below = how_good(run)
     usd, wrong = cost(run, known), len(incidents(run))
     spent = f"{f'{money(usd)} in ' if usd is not None else ''}{duration(run.seconds)}"
-    kind = "good" if run.state == "done" and not wrong else "bad" if run.state == "failed" or wrong else "plain"
+    kind: Kind = "good" if run.state == "done" and not wrong else "bad" if run.state == "failed" or wrong else "plain"
     return Tile(run.name, figure, f"{below}. {run.state}, {spent}, {wrong or 'no'} incident(s)", kind)
 
 
