@@ -134,12 +134,14 @@ def thinned(steps: np.ndarray, values: np.ndarray, most: int) -> np.ndarray:
 
 def smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """The mean of neighbours, a twentieth of all points, at no more than SMOOTH_POINTS steps and always at the last;
-    None for so few points that they speak for themselves. At the ends there are fewer neighbours."""
+    None for so few points that they speak for themselves. Towards the ends there are fewer, as many on either side, so
+    that a slope is no bias; at the ends themselves those of one side that an eighth of these steps holds."""
     count = len(steps)
     if count < SMOOTH_FROM:
         return None
     half = max(2, count // 40)
     at = np.unique(np.linspace(0, count - 1, min(count, SMOOTH_POINTS)).astype(int))
-    reach = np.minimum(half, np.minimum(at, count - 1 - at))
+    reach = np.maximum(half // 4, np.minimum(half, np.minimum(at, count - 1 - at)))
+    first, end = np.maximum(0, at - reach), np.minimum(count, at + reach + 1)
     sums = np.concatenate(([0.0], np.cumsum(values)))
-    return steps[at], (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    return steps[at], (sums[end] - sums[first]) / (end - first)
