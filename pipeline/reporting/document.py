@@ -480,7 +480,7 @@ def incidents(run: RunFacts) -> list[str]:
     for stage in run.stages:
         notes = [*stage.notes, *(stage.stats.get("notes", []) if not stage.name.startswith("evaluate_") else [])]
         found += [f"{stage.name}: {note}" for note in notes if note not in told and is_incident(note)]
-        if stage.error:
+        if stage.error and not any(stage.error in line for line in found):  # where its attempt has not told it
             found.append(f"{stage.name} {stage.state}: {stage.error}")
         if "skipped" in stage.columns:
             at = stage.columns["skipped"][0][stage.columns["skipped"][1] > 0].astype(int).tolist()
