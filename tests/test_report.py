@@ -288,11 +288,11 @@ def test_steps_that_were_skipped_and_values_that_were_lost_are_incidents(tmp_pat
 
 def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     """Wherever it stands: in what was asked and answered, in settings, names, versions, figures and errors."""
-    hostile = f"{SCRIPT}</script><img src=x onerror=alert(1)>`]](http://x) \u202e\ud800"
+    hostile = f"{SCRIPT}</script><img src=x onerror=alert(1)>`]](http://x) \u202e"
     sets = [f"data.corpus={SCRIPT}", f"data.mid.a.source={SCRIPT}"]
     config = load_config("demo", {"name": "r", "storage": str(tmp_path)}, sets)
     made = Made(tmp_path, config=config).whole()
-    record = json.dumps({"step": 1, "loss": 1.0, SCRIPT: 2.0, "step_ms": 1.0})
+    record = json.dumps({"step": 1, "loss": 1.0, SCRIPT: 2.0, "half a character \ud800": 3.0, "step_ms": 1.0})
     made.done("base", {METRICS: f"{record}\n"}, metrics={SCRIPT: 1.0}, versions={SCRIPT: SCRIPT})
     completions = answers([True, False], hostile, f"{hostile}\n```\n{SCRIPT}")
     made.done("evaluate_sft", {"completions.jsonl": completions}, metrics={"greedy": 0.5, SCRIPT: 1.0})
@@ -308,7 +308,7 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     assert elements.tags.count("script") == 2 and "img" not in elements.tags  # the curves, and what draws them
     assert not [name for name, _ in elements.attributes if name.startswith("on")]
     assert html.count("<script") == html.count("</script") == 2
-    assert elements.text.count(SCRIPT) > 15
+    assert elements.text.count(SCRIPT) > 15 and "http://x" in elements.text
     fences = re.split(r"^(`{3,})text$.*?^\1$", text, flags=re.MULTILINE | re.DOTALL)
     outside = "".join(fences[::2])
     assert "<script" not in outside and "<img" not in outside and SCRIPT in text
