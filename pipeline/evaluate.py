@@ -43,7 +43,7 @@ from stages.evaluation.pool import resolved
 from stages.evaluation.text import open_text
 from stages.training.state import export_checkpoint
 from tasks.core import LABELS
-from tasks.estimates import paired
+from tasks.estimates import same_share
 from tasks.suite import CHATCORE, GROUPS, Suite, suite
 
 MODELS = ("rl", "sft", "mid", "base")  # the stages that make a model, the last one first
@@ -286,9 +286,13 @@ def _beside(first: Report, report: Report, name: str) -> str:
     """How far a model is from the first on the same questions; p is of McNemar's exact test."""
     if name not in first.examples or name not in report.examples or "accuracy" not in report.figures[name]:
         return ""
-    outcomes = ({example["index"]: example["correct"] for example in r.examples[name]} for r in (first, report))
-    found = paired(*outcomes)
-    return f"{found[0]:+.4f}, {found[1]:.3f}" if found else ""
+    by_index = {example["index"]: example for example in first.examples[name]}
+    pairs = [(by_index[b["index"]], b) for b in report.examples[name] if b["index"] in by_index]
+    if not pairs:
+        return ""
+    gained = sum(b["correct"] and not a["correct"] for a, b in pairs)
+    lost = sum(a["correct"] and not b["correct"] for a, b in pairs)
+    return f"{(gained - lost) / len(pairs):+.4f}, {same_share(gained, lost):.3f}"
 
 
 def write_csv(path: Path, report: Report) -> None:
