@@ -8,6 +8,7 @@ not in the table is unknown, and stays so: a peak guessed from a similar name wo
 from __future__ import annotations
 
 import os
+import platform
 import re
 import resource
 import sys
@@ -188,6 +189,14 @@ def peak_memory() -> int:
     if found:
         return 1024 * int(found.split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def cpu_name() -> str:
+    """The model of this machine's CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def cpu_computes_bf16() -> bool:

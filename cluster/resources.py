@@ -8,6 +8,8 @@ from typing import Literal
 
 import ray
 
+from cluster.hardware import cpu_name
+
 
 @dataclass(frozen=True)
 class Devices:
@@ -27,3 +29,12 @@ def resources() -> Devices:
     total = ray.cluster_resources()
     gpus = int(total.get("GPU", 0))
     return Devices("cuda" if gpus else "cpu", gpus, int(total.get("CPU", 0)))
+
+
+def described(devices: Devices) -> str:
+    """The devices in words: how many GPUs of which kind, as Ray names it, or the CPU cores of which model."""
+    if devices.kind == "cpu":
+        return f"{devices.cpus} CPU cores ({cpu_name()})"
+    marks = (name for name in ray.cluster_resources() if name.startswith("accelerator_type:"))
+    kinds = ", ".join(sorted(name.partition(":")[2] for name in marks))
+    return f"{devices.gpus} GPUs" + (f" ({kinds})" if kinds else "")

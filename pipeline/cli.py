@@ -18,6 +18,8 @@ COMMANDS = {
     "evaluate": "measure models: CORE, ChatCORE, perplexity; several side by side",
     "tokenizer": "how well a run's tokenizer compresses each kind of text",
     "status": "the stages of a run, finished or not",
+    "runs": "which runs there are, how far each is and how good",
+    "report": "what a run made and what it cost, as one page; several runs laid over each other",
     "data": "look at the rows of a run, and hash its files again",
     "doctor": "check that this machine can run Fathom",
 }

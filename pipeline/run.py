@@ -6,6 +6,7 @@ Run the same command again to go on where it stopped.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import signal
@@ -18,9 +19,10 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from cluster.resources import resources
+from cluster.resources import described, resources
 from cluster.runtime import connect, token_asked
 from pipeline.artifacts import Claim, RunStore
+from pipeline.attempts import Diary
 from pipeline.config import (
     Config,
     Parser,
@@ -38,11 +40,13 @@ from pipeline.config import (
 from pipeline.dag import TRAINING, Planned, StageError, plan, reusable, reuse, submit
 from pipeline.plan import outlook
 from pipeline.preflight import check_inputs, proportions
+from pipeline.report import FOLDER, PAGE, keep
 from pipeline.status import run_states
 from pipeline.terminal import Terminal, say
 from pipeline.tracking import LiveView, final_table, plan_table
 from stages.context import PROGRESS, STOP, TRACEBACK
 
+log = logging.getLogger(__name__)
 CLAIM_CHECK_SECONDS = 2.0
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention on a CPU
 
@@ -60,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 when every stage asked for is done, 1 when one failed, 2 for wrong flags."""
-    args = build_parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(arguments)
     config = config_from_args(args)
     store, console = RunStore(config.storage, config.name), Terminal()
     before = store.recorded()
@@ -92,11 +97,12 @@ def main(argv: list[str] | None = None) -> int:
             for name in reused:
                 say(console, f"{name:<14}  taken from run {other.run}")
         planned = plan(store, config, names, selected, args.force)
-        failure = execute(store, config, planned, console, args.debug, claim, args.force)
+        failure = execute(store, config, planned, console, args.debug, claim, arguments, args.force)
         for name in store.settle():
             say(console, f"{name:<14}  it made nothing: the artifact from before --force is back")
         states = run_states(store)
         final_table(store, [s for s in states if s.name in names], console)
+        report(store, planned, console)
     if failure is not None:
         raise failure
     return 0 if all(s.state == "done" for s in states if s.name in selected) else 1
@@ -109,6 +115,7 @@ def execute(
     console: Console,
     debug: bool,
     claim: Claim,
+    arguments: Sequence[str] = (),
     force: Sequence[str] = (),
 ) -> Exception | None:
     """Runs what is planned, every branch to its end; returns the error of the first stage that failed.
@@ -134,8 +141,10 @@ def execute(
     check_heads(config, devices.kind, to_do)
     for name in TRAINING:
         store.stage(name).delete(STOP)
+    diary = Diary(store.storage, list(arguments), actions(planned), described(devices))
     references = submit(store, config, planned, devices, force, claim.token)
-    with LiveView(store, list(references), console) as view, stopping_on_sigterm(store, view) as stopping:
+    live = LiveView(store, list(references), console, diary.tell)
+    with diary, live as view, stopping_on_sigterm(store, view) as stopping:
         pending = dict(references)
         while pending and not (stopping and not pending.keys() & set(TRAINING)):
             done, _ = ray.wait(list(pending.values()), num_returns=len(pending), timeout=CLAIM_CHECK_SECONDS)
@@ -148,18 +157,38 @@ def execute(
         try:
             ray.get(reference)
         except ray.exceptions.RayError as error:
-            failure: Exception = error
-            if not debug:
-                cause = getattr(error, "cause", error)
-                progress, trace = store.progress(name), f"{store.stage(name).uri}/{TRACEBACK}"
-                words = (progress and progress.error) or str(cause) or type(cause).__name__
-                where = f"; the traceback is in {trace}" if store.stage(name).exists(TRACEBACK) else ""
-                failure = StageError(
-                    f"stage {name} failed: {words}\nwhat is done stays done: run the same command again to go on from "
-                    f"there{where}"
-                )
-            return failure
+            cause = getattr(error, "cause", error)
+            progress, trace = store.progress(name), f"{store.stage(name).uri}/{TRACEBACK}"
+            words = (progress and progress.error) or str(cause) or type(cause).__name__
+            diary.end(f"stage {name} failed: {words}")
+            where = f"; the traceback is in {trace}" if store.stage(name).exists(TRACEBACK) else ""
+            told = (
+                f"stage {name} failed: {words}\nwhat is done stays done: run the same command again to go on from "
+                f"there{where}"
+            )
+            return error if debug else StageError(told)
+    diary.end("stopped as asked" if stopping else "done")
     return None
+
+
+def actions(planned: Sequence[Planned]) -> dict[str, str]:
+    """By stage, what an attempt is to do."""
+    return {
+        item.state.name: f"resume from step {item.state.checkpoint_step}" if item.action == "resume" else item.action
+        for item in planned
+        if item.action not in ("", "skip")
+    }
+
+
+def report(store: RunStore, planned: Sequence[Planned], console: Console) -> None:
+    """Writes the report of the run beside its artifacts, where anything was done or there is none. It only shows what
+    is there, so that whatever goes wrong with it is said, and the run is what it was."""
+    try:
+        if actions(planned) or not store.stage(FOLDER).exists(PAGE):
+            say(console, f"report: {keep(store)}")
+    except Exception as error:
+        log.debug("the report is unwritten", exc_info=True)
+        say(console, f"! the report could not be written, which changes nothing else: {error}", "yellow")
 
 
 def check_here(config: Config, stages: Sequence[str]) -> bool:

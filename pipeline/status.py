@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 
 from cluster.storage import MARKER, Storage, StorageError
 from pipeline.artifacts import RunStore, StageState
@@ -28,6 +29,12 @@ def run_states(store: RunStore) -> list[StageState]:
         except StorageError as error:
             states.append(StageState(name, "failed", error=str(error)))
     return states
+
+
+def overall(states: Iterable[str]) -> str:
+    """Where a run as a whole stands by its stages: done, running, failed, drifted, or stopped before its end."""
+    found = {*states}
+    return "done" if found <= {"done"} else next((s for s in ("running", "failed", "drifted") if s in found), "stopped")
 
 
 def run_names(storage_uri: str) -> list[str]:

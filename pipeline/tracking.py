@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -58,8 +59,15 @@ class LiveView:
     A progress report left by an earlier attempt is not shown as running: only one that changes is.
     """
 
-    def __init__(self, store: RunStore, stages: list[str], console: Console | None = None) -> None:
-        self.store, self.console = store, console or Terminal()
+    def __init__(
+        self,
+        store: RunStore,
+        stages: list[str],
+        console: Console | None = None,
+        tell: Callable[[str, str], None] = lambda stage, text: None,
+    ) -> None:
+        """`tell` is given every note of a stage as it comes."""
+        self.store, self.console, self.tell = store, console or Terminal(), tell
         self.rows = {name: Row() for name in stages}
         self.stale = {name: store.progress(name) for name in stages}
         self.stop = threading.Event()
@@ -99,6 +107,8 @@ class LiveView:
                     self._say(name, row, before != row.state, now)
                 notes = row.progress.notes if row.progress else []
                 row.told = row.told if row.told <= len(notes) else 0  # a new attempt has begun
+                for note in notes[row.told :]:
+                    self.tell(name, note)
                 for note in [*notes[row.told :], *row.left_out]:
                     say(self.console, f"{name:<14}  {note}")
                 row.told = len(notes)

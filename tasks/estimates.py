@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 NORMAL_95 = 1.959964  # standard deviations that hold 95% of a normal distribution
 
@@ -93,3 +94,14 @@ def interval_of_core(tasks: Sequence[Mapping[str, float]]) -> tuple[float, float
     errors = (t["accuracy"] * (1 - t["accuracy"]) / t["examples"] / (1 - t["baseline"]) ** 2 for t in tasks)
     half = NORMAL_95 * math.sqrt(sum(errors)) / len(tasks)
     return mean - half, mean + half
+
+
+def paired(before: Mapping[Any, bool], after: Mapping[Any, bool]) -> tuple[float, float] | None:
+    """How far the second of two models is from the first in the share of questions it answers right, and p of
+    `same_share`; of the questions that both were asked, None where there are none."""
+    asked = before.keys() & after.keys()
+    if not asked:
+        return None
+    gained = sum(after[question] and not before[question] for question in asked)
+    lost = sum(before[question] and not after[question] for question in asked)
+    return (gained - lost) / len(asked), same_share(gained, lost)

@@ -45,10 +45,9 @@ def changed(config: Config, setting: str) -> Config:
 def contents(store: RunStore) -> dict[str, bytes]:
     """Every file of the run, save what only informs."""
     root = Path(store.storage.uri)
-    informing = ("config.json", "claim.json", ".fathom-run", "traceback.txt")
-    return {
-        str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name not in informing
-    }
+    informing = ("config.json", "claim.json", ".fathom-run", "traceback.txt", "attempts.json")
+    files = [p for p in root.rglob("*") if p.is_file() and p.name not in informing and p.parent != root / "report"]
+    return {str(p.relative_to(root)): p.read_bytes() for p in files}
 
 
 # Before Ray starts; what is given beside --force, and a word of the message.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SEQUENCE_LEN
 from runs import Run, explanations, fathom
+from test_report import SECTIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corpus.synthetic import documents
@@ -138,10 +139,23 @@ def test_what_was_asked_and_answered_is_kept(line: Run) -> None:
     assert not any(json.dumps(record["question"]) in trained_on for record in records)
 
 
+def test_the_run_ends_with_its_report(line: Run) -> None:
+    """Which says what happened to it, too: how it was called, on what, and that nothing went wrong."""
+    assert line.result is not None and f"report: {line.path}/report/report.html" in line.result.output
+    page, text = ((line.path / "report" / name).read_text() for name in ("report.html", "report.md"))
+    for section in SECTIONS:
+        assert f"<h2>{section}</h2>" in page and f"\n## {section}\n" in text
+    assert "every stage is done, with no incident on record" in page and "None on record." in page
+    assert "CPU cores" in page and "fathom run --name line" in page
+    assert page.count('class="chart"') > 30 and len(page) < 3_000_000
+    assert "after rl: " in page and ", p " in page
+
+
 def test_nothing_is_left_behind(line: Run) -> None:
     assert line.result is not None
     assert line.result.left_behind == []
-    assert sorted(path.name for path in line.path.iterdir()) == sorted([*STAGES, ".fathom-run", "config.json"])
+    beside = [".fathom-run", "config.json", "attempts.json", "report"]
+    assert sorted(path.name for path in line.path.iterdir()) == sorted([*STAGES, *beside])
     for stage in STAGES:
         listed = {entry["path"] for entry in json.loads((line.path / stage / "manifest.json").read_text())["files"]}
         there = {str(p.relative_to(line.path / stage)) for p in (line.path / stage).rglob("*") if p.is_file()}

@@ -38,7 +38,10 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_been(line: Run, tmp_path: Path
     assert (run.path / weights).read_bytes() == (line.path / weights).read_bytes()
     made = run.manifests()
     assert {name: made[name] for name in upstream} == upstream
-    assert sorted(p.name for p in run.path.iterdir()) == sorted([*UPSTREAM[stage], stage, ".fathom-run", "config.json"])
+    beside = [".fathom-run", "config.json", "attempts.json", "report"]
+    assert sorted(p.name for p in run.path.iterdir()) == sorted([*UPSTREAM[stage], stage, *beside])
+    page = (run.path / "report/report.html").read_text()
+    assert f"went on with {stage} (resume from step {step})" in page and "ended without a word" in page
 
 
 def test_a_stage_that_raises_leaves_the_others_done_and_only_it_is_made_again(line: Run, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cluster.hardware import cpu_name
 from cluster.storage import Storage
 from corpus.rows import Rows, RowWriter
 from models.build import build
@@ -173,10 +173,7 @@ def device_name() -> str:
     """The GPU's name, or the CPU's model."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return cpu_name()
 
 
 def hardware() -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""What happened to a run from the driver's side: each attempt at it, with what the stages said meanwhile.
+
+It is kept beside the artifacts for the report and only informs: it fails no run, and no stage reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from types import TracebackType
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.manifest import informing
+from cluster.storage import Storage, StorageError
+
+ATTEMPTS = "attempts.json"
+MOST_TOLD = 1_000  # lines of an attempt that are kept
+log = logging.getLogger(__name__)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Told(BaseModel):
+    """A line that a stage had to say."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    at: str
+    stage: str
+    text: str
+
+
+class Attempt(BaseModel):
+    """One `fathom run`: its command line, what was to do (stage: run, resume from step 30, ...) and on what. One that
+    was killed has no `ended`."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    began: str = Field(default_factory=now)
+    ended: str | None = None
+    outcome: str | None = None  # done, stopped, or why it failed
+    arguments: list[str] = []
+    actions: dict[str, str] = {}
+    hardware: str | None = None
+    told: list[Told] = []
+
+
+class History(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    attempts: list[Attempt] = []
+
+
+def attempts(run: Storage) -> list[Attempt]:
+    """Every attempt at a run, the oldest first."""
+    found = informing(run, ATTEMPTS, History)
+    return found.attempts if found else []
+
+
+class Diary:
+    """Keeps the attempt under way. A failure to write is logged, and changes nothing."""
+
+    def __init__(self, run: Storage, arguments: list[str], actions: dict[str, str], hardware: str) -> None:
+        self._run, self._before = run, attempts(run)
+        self.attempt = Attempt(arguments=arguments, actions=actions, hardware=hardware)
+        self._write()
+
+    def __enter__(self) -> Diary:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.end("interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__)
+
+    def tell(self, stage: str, text: str) -> None:
+        if len(self.attempt.told) < MOST_TOLD:
+            self.attempt.told.append(Told(at=now(), stage=stage, text=text))
+            self._write()
+
+    def end(self, outcome: str) -> None:
+        self.attempt.ended, self.attempt.outcome = now(), outcome
+        self._write()
+
+    def _write(self) -> None:
+        history = History(attempts=[*self._before, self.attempt])
+        try:
+            self._run.write_json(ATTEMPTS, history.model_dump(mode="json"))
+        except (OSError, StorageError) as error:
+            log.warning("%s is unwritten: %s", ATTEMPTS, error)
