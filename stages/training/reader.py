@@ -179,6 +179,8 @@ def _fault(metadata: Any, sizes: dict[str, int]) -> str | None:
             return "it holds what is no tensor"
         if not all(_is_size(chunk.sizes) and _is_size(chunk.offsets) for chunk in entry.chunks):
             return f"it does not say which parts {name} has"
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            return f"the parts of {name} do not make it up"
         if not all((name, chunk.offsets) in stored for chunk in entry.chunks):
             return f"it does not say where {name} lies"
     for info in places.values():
