@@ -257,6 +257,15 @@ def replace_in_storage(checkpoint: Storage, name: str, data: bytes) -> None:
     manifest.write(checkpoint, replace(saved, files=[entry if f.path == name else f for f in saved.files]))
 
 
+METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+NAMED = b"\x8c%c%s\x8c%c%s\x93"  # the instructions that name a member of a module
+ENDLESS = b"K\x01" + b"".join(b"\x94h%c\x86" % i for i in range(60))  # and those that make pairs of pairs, 2^60 places
+
+
+def named(module: str, name: str) -> bytes:
+    return NAMED % (len(module), module.encode(), len(name), name.encode())
+
+
 class Code:
     """Touches a file when it is unpickled, alone or within something that looks right."""
 
@@ -291,12 +300,12 @@ def by_a_name(code: Code, metadata: Metadata) -> Any:
 
 
 def on_a_class(code: Code, metadata: Metadata) -> bytes:
-    return b"cpathlib\nPosixPath\n(N}S'_str'\nS'" + bytes(code.file) + b"'\nstb."
+    return b"\x80\x04" + named("pathlib", "PosixPath") + b"}\x8c\x04_str\x8c\x02/bsb."
 
 
 def of_endless_words(code: Code, metadata: Metadata) -> bytes:
     """Sets an attribute of pairs of pairs, of 2^64 places: who tells of them never ends."""
-    return b")" + b"2\x86" * 64 + b"}b."
+    return b"\x80\x04" + ENDLESS + b"}b."
 
 
 def at_an_endless_path(code: Code, metadata: Metadata) -> Any:
@@ -308,6 +317,57 @@ def at_an_endless_path(code: Code, metadata: Metadata) -> Any:
     )
 
 
+def with_an_endless_key(code: Code, metadata: Metadata) -> bytes:
+    return b"\x80\x04}" + ENDLESS + b"K\x01s."
+
+
+def with_an_endless_key_among_others(code: Code, metadata: Metadata) -> bytes:
+    return b"\x80\x04}(" + ENDLESS + b"K\x01u."
+
+
+def with_a_bottomless_key(code: Code, metadata: Metadata) -> bytes:
+    """To hash it overflows the stack."""
+    return b"\x80\x04}K\x01" + b"\x85" * 2_000_000 + b"K\x01s."
+
+
+def with_an_endless_set(code: Code, metadata: Metadata) -> bytes:
+    return b"\x80\x04\x8f(" + ENDLESS + b"\x90."
+
+
+def with_an_endless_layout(code: Code, metadata: Metadata) -> bytes:
+    return b"\x80\x04" + ENDLESS + named("torch.serialization", "_get_layout") + b"h\x3b\x85R."
+
+
+def with_an_endless_memory_format(code: Code, metadata: Metadata) -> bytes:
+    return b"\x80\x04" + ENDLESS + named(METADATA_MODULE, "_MEM_FORMAT_ENCODING") + b"h\x3b\x85R."
+
+
+def with_a_new_endless_memory_format(code: Code, metadata: Metadata) -> bytes:
+    return b"\x80\x04" + ENDLESS + named(METADATA_MODULE, "_MEM_FORMAT_ENCODING") + b"h\x3b\x85\x81."
+
+
+def appended_by_a_call(code: Code, metadata: Metadata) -> bytes:
+    """What is appended to goes by an attribute of that name."""
+    made = named(METADATA_MODULE, "Metadata") + b")\x81}\x8c\x06append"
+    enum = named(METADATA_MODULE, "_MEM_FORMAT_ENCODING")
+    return b"\x80\x04" + ENDLESS + made + enum + b"sb" + b"h\x3ba."
+
+
+def of_endless_properties(code: Code, metadata: Metadata) -> bytes:
+    """Which are put into words where they are none."""
+    return b"\x80\x04" + ENDLESS + named(METADATA_MODULE, "TensorProperties") + b")\x81(\x88\x88\x88h\x3b\x88tb."
+
+
+def of_endless_parts(code: Code, metadata: Metadata) -> Any:
+    path: Any = ()
+    for _ in range(64):
+        path = (path, path)
+    name = next(iter(metadata.state_dict_metadata))
+    entry: Any = metadata.state_dict_metadata[name]
+    chunks = [replace(chunk, offsets=path) for chunk in entry.chunks]
+    return replace(metadata, state_dict_metadata={**metadata.state_dict_metadata, name: replace(entry, chunks=chunks)})
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("uninterrupted")
@@ -316,7 +376,26 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(
     "attack",
-    [bare, within, as_a_value, from_elsewhere, by_a_name, on_a_class, of_endless_words, at_an_endless_path],
+    [
+        bare,
+        within,
+        as_a_value,
+        from_elsewhere,
+        by_a_name,
+        on_a_class,
+        of_endless_words,
+        at_an_endless_path,
+        with_an_endless_key,
+        with_an_endless_key_among_others,
+        with_a_bottomless_key,
+        with_an_endless_set,
+        with_an_endless_layout,
+        with_an_endless_memory_format,
+        with_a_new_endless_memory_format,
+        appended_by_a_call,
+        of_endless_properties,
+        of_endless_parts,
+    ],
     ids=lambda function: function.__name__,
 )
 def test_no_code_in_a_checkpoint_runs(

@@ -215,5 +215,10 @@ class Reporter:
         """metrics.jsonl: every record so far, one JSON object a line."""
         path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
 
-    def read(self, path: Path) -> None:
-        self.records = [json.loads(line) for line in path.read_text().splitlines()]
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """What `Reporter.write` wrote; ValueError where it is something else."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not all(type(record) is dict and type(record.get("step")) is int for record in records):
+        raise ValueError(f"{path.name} does not hold a record with its step on each line")
+    return records

@@ -7,6 +7,7 @@ in the background needs no collective beyond DCP's own, which have a process gro
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -14,17 +15,17 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
@@ -37,7 +38,7 @@ from models.hf import save_pretrained
 from models.layers import LanguageModel
 from models.spec import ModelSpec
 from stages.context import StageContext
-from stages.training.metrics import SUMMARY, Reporter
+from stages.training.metrics import SUMMARY, Reporter, read_records
 from stages.training.optimizer import Optimizer
 from stages.training.parallel import World, full_weights, is_sharded
 from stages.training.reader import METADATA, CheckpointReader
@@ -73,7 +74,10 @@ class Progress:
 
     @staticmethod
     def of(values: Tensor) -> Progress:
+        """What `tensor` made; ValueError where it is something else."""
         step, best, best_step, since, evaluated = values.tolist()
+        if math.isnan(best) or not all(value.is_integer() for value in (step, best_step, since, evaluated)):
+            raise ValueError("its progress counts nothing")
         return Progress(int(step), best, int(best_step), int(since), int(evaluated))
 
 
@@ -113,7 +117,7 @@ def export_checkpoint(
     Raises StorageError."""
     model, saved = build(spec), _whole(place)
     state = {"model": weights_of(model)}
-    dcp.load(state, storage_reader=_bring(place, saved, state, lambda _: False))
+    _load(place, state, _bring(place, saved, state))
     export(model, tokenizer, directory, ends)
 
 
@@ -158,6 +162,11 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Fault | None]:
         return None, (damaged, str(error).partition(" Make it again")[0])  # an artifact would have to be
 
 
+def _error(fault: Fault) -> StorageError:
+    damaged, text = fault
+    return DamagedError(text) if damaged else StorageError(text)
+
+
 def _whole(place: Storage) -> Manifest:
     """The manifest of a checkpoint that has all its files, at their sizes."""
     saved = manifest.read(place)
@@ -167,18 +176,68 @@ def _whole(place: Storage) -> Manifest:
     return saved
 
 
-def _bring(place: Storage, saved: Manifest, state: dict[str, Any], wanted: Callable[[str], bool]) -> CheckpointReader:
-    """Has the files here that loading `state` reads, and those `wanted`, each hash checked; a reader of them."""
+def _bring(
+    place: Storage, saved: Manifest, state: dict[str, Any], wanted: Callable[[str], bool] = lambda _: False
+) -> CheckpointReader:
+    """Has the files here that loading `state` reads, and those `wanted`, each hash checked; a reader of them. Raises
+    DamagedError where the checkpoint is of another state."""
     root, entries = manifest.local_root(place, saved.fingerprint), {f.path: f for f in saved.files}
     if METADATA not in entries:
         raise DamagedError(f"{place.uri}/{manifest.MANIFEST} lists no {METADATA}")
     manifest.fetch_file(place, entries[METADATA], root)
     reader, planner = CheckpointReader(root, saved), DefaultLoadPlanner()
-    planner.set_up_planner(state, reader.metadata)
-    names = reader.files(planner.create_local_plan()) | {path for path in entries if wanted(path)}
+    with _as_damage(place):
+        planner.set_up_planner(state, reader.metadata)
+        plan = planner.create_local_plan()
+    names = reader.files(plan) | {path for path in entries if wanted(path)}
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda name: manifest.fetch_file(place, entries[name], root), sorted(names)))
     return reader
+
+
+@contextlib.contextmanager
+def _as_damage(place: Storage) -> Iterator[None]:
+    """Whatever does not fit in a checkpoint whose files are as they were written is damage all the same."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise DamagedError(f"{place.uri} does not hold what is to be loaded: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _load(place: Storage, state: dict[str, Any], reader: CheckpointReader) -> None:
+    """Loads `state`, in place, from what `_bring` gave for it. Raises on all ranks what failed on one; DamagedError
+    where that was the content. Part of `state` is overwritten by then."""
+    try:
+        dcp.load(state, storage_reader=reader)
+    except CheckpointException as failed:  # no Exception, so it would pass all who handle one
+        causes = [cause for cause, _ in failed.failures.values()]
+        for cause in causes:
+            if isinstance(cause, (OSError, MemoryError, torch.OutOfMemoryError)) or not isinstance(cause, Exception):
+                raise cause from failed
+        raise DamagedError(f"{place.uri} could not be loaded: {_line(causes[0])}") from failed
+
+
+def _progress(place: Storage, values: Tensor, step: int) -> Progress:
+    """That of the checkpoint of `step`; raises DamagedError where `values`, which it held, are none."""
+    with _as_damage(place):
+        progress = Progress.of(values)
+        if progress.step != step:
+            raise ValueError(f"its progress is that of step {progress.step}")
+    return progress
+
+
+@dataclass
+class _Found:
+    """A checkpoint that fits by all that can be told before it is loaded."""
+
+    saved: Manifest
+    reader: CheckpointReader
+    stage_state: list[Any]
+    records: list[dict[str, Any]]
 
 
 class Checkpoints:
@@ -197,78 +256,103 @@ class Checkpoints:
         self._publishing: Future[None] | None = None
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
+    def restore(
+        self, model: nn.Module, optimizer: Optimizer, check: Callable[[Any], object] = lambda _: None
+    ) -> Progress:
         """Loads the newest whole checkpoint there is, whatever world and mode wrote it; the same one on every rank.
+        `check` raises ValueError for what no `save` was given as `stage_state`.
 
         What is newer and damaged or half uploaded would mix with this attempt's parts, and is removed. StorageError
-        where reading fails, as that does not mean that anything is damaged.
+        where reading fails, as that does not mean that anything is damaged, and where none is left after weights were
+        overwritten by one that turned out not to fit.
         """
         storage, values = self.context.storage, Progress().tensor()
         state = {"model": weights_of(model), "optimizer": optimizer.state_dict(), "progress": values}
-        metrics = () if self.reporter.quiet else (manifest.METRICS,)
         there = {_step(path) for path in storage.list(manifest.CHECKPOINTS)} if self.world.rank == 0 else set()
         steps: list[int] = self.world.first([step for step, _ in manifest.checkpoints(storage)])
-        removed, doubtful, found = there - {*steps}, set[int](), None
+        removed, doubtful, spoiled = there - {*steps}, set[int](), False
+        found, progress = None, Progress()
         while steps and not found:
+            step = steps[-1]
+            place = storage.at(manifest.checkpoint_path(step))
             try:
-                found = self._open(steps[-1], state, lambda path: path.startswith((STAGE_STATE, *metrics)))
+                fits = self._open(step, lambda place, saved: self._fitting(place, saved, state, check))
+                spoiled = True
+                _load(place, state, fits.reader)
+                progress = self._together(functools.partial(_progress, place, values, step))
+                found = fits
             except DamagedError as error:
-                step = steps.pop()
+                steps.pop()
                 then = f"training goes on from step {steps[-1]}" if steps else "training begins again at step 0"
                 self.reporter.note(f"checkpoint {step} is passed over, {then}: {error}")
-                place = storage.at(manifest.checkpoint_path(step))
                 # on the word of another rank alone, whose machine may be at fault, nothing is removed
                 whole = self.world.rank == 0 and _attempt(lambda: manifest.fetch(place))[1] is None  # noqa: B023
                 (doubtful if whole else removed).add(step)
         if self.world.rank == 0:
             for step in doubtful:
-                storage.move(manifest.checkpoint_path(step), f"{manifest.CHECKPOINTS}/passed_over_{step:06d}")
+                aside = f"{manifest.CHECKPOINTS}/passed_over_{step:06d}"
+                storage.delete(aside)  # of an earlier time
+                storage.move(manifest.checkpoint_path(step), aside)
             for step in removed:
                 if step > max(steps, default=-1):
                     manifest.remove(storage.at(manifest.checkpoint_path(step)))
         self.world.barrier()
         if found is None:
+            if spoiled:
+                raise StorageError(
+                    f"no checkpoint in {storage.uri}/{manifest.CHECKPOINTS} could be loaded, and the weights hold part "
+                    "of one: run the same command again, which begins at step 0"
+                )
             return Progress()
-        saved, reader = found
-        dcp.load(state, storage_reader=reader)
-        directory = Path(reader.path)
-        parts = sorted(f.path for f in saved.files if f.path.startswith(STAGE_STATE))
-        self.stage_state = [json.loads((directory / part).read_text()) for part in parts]
+        self.stage_state = found.stage_state
         if not self.reporter.quiet:
-            self.reporter.read(directory / manifest.METRICS)
-        self.reporter.earlier_seconds = saved.seconds
-        progress = Progress.of(values)
+            self.reporter.records = found.records
+        self.reporter.earlier_seconds = found.saved.seconds
         if progress.best_step not in steps:
             progress.best_step, progress.best = -1, math.inf
         self.best_step = progress.best_step
         self.world.barrier()
         if storage.local_path is None and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            shutil.rmtree(directory, ignore_errors=True)  # fetched to be read once, and as large as the whole state
+            # fetched to be read once, and as large as the whole state
+            shutil.rmtree(found.reader.path, ignore_errors=True)
         return progress
 
     def restore_weights(self, step: int, model: nn.Module) -> None:
         """Loads the weights alone of the checkpoint taken after `step` steps."""
         state = {"model": weights_of(model)}
-        _, reader = self._open(step, state, lambda _: False)
-        dcp.load(state, storage_reader=reader)
+        reader = self._open(step, lambda place, saved: _bring(place, saved, state))
+        _load(self.context.storage.at(manifest.checkpoint_path(step)), state, reader)
 
-    def _open(
-        self, step: int, state: dict[str, Any], wanted: Callable[[str], bool]
-    ) -> tuple[Manifest, CheckpointReader]:
-        """Manifest and reader of a checkpoint, of which every rank has what it reads: `state`, and the files `wanted`.
+    def _fitting(
+        self, place: Storage, saved: Manifest, state: dict[str, Any], check: Callable[[Any], object]
+    ) -> _Found:
+        """A checkpoint of which this rank has all that it reads, each file parsed. Raises DamagedError."""
+        metrics = () if self.reporter.quiet else (manifest.METRICS,)
+        reader = _bring(place, saved, state, lambda path: path.startswith((STAGE_STATE, *metrics)))
+        directory = Path(reader.path)
+        parts = sorted(f.path for f in saved.files if f.path.startswith(STAGE_STATE))
+        with _as_damage(place):
+            stage_state = [json.loads((directory / part).read_text(encoding="utf-8")) for part in parts]
+            for value in stage_state:
+                check(value)
+            records = read_records(directory / manifest.METRICS) if metrics else []
+        return _Found(saved, reader, stage_state, records)
 
-        Raises DamagedError on all ranks where one found it so, and StorageError on all where one could not read.
-        """
+    def _open(self, step: int, bring: Callable[[Storage, Manifest], T]) -> T:
+        """What `bring` gives of a checkpoint, once it has on every rank. Raises as `_together` does."""
         place = self.context.storage.at(manifest.checkpoint_path(step))
         saved, fault = self.world.first(_attempt(lambda: _whole(place)) if self.world.rank == 0 else (None, None))
-        if fault is None:
-            reader, mine = _attempt(functools.partial(_bring, place, saved, state, wanted))
-            faults = [fault for fault in self.world.everyone(mine) if fault]
-            if reader is not None and not faults:
-                return saved, reader
-            fault = min(faults)  # a failure to read before damage
-        damaged, text = fault
-        raise DamagedError(text) if damaged else StorageError(text)
+        if fault is not None:
+            raise _error(fault)
+        return self._together(lambda: bring(place, saved))
+
+    def _together(self, function: Callable[[], T]) -> T:
+        """What `function` gives here, once it has on every rank. Raises DamagedError on all ranks where one found
+        damage, and StorageError on all where one could not read."""
+        found, mine = _attempt(function)
+        if faults := [fault for fault in self.world.everyone(mine) if fault]:
+            raise _error(min(faults))  # a failure to read before damage
+        return cast(T, found)
 
     def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer, stage_state: Any = None) -> None:
         """Starts saving the present state, and with it `stage_state` as JSON; training may go on at once. Waits for the
