@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "measure models: CORE, ChatCORE, perplexity; several side by side",
     "tokenizer": "how well a run's tokenizer compresses each kind of text",
     "status": "the stages of a run, finished or not",
+    "track": "show a run in wandb or TensorBoard, finished or not",
     "data": "look at the rows of a run, and hash its files again",
     "doctor": "check that this machine can run Fathom",
 }

@@ -35,6 +35,7 @@ from stages.config import (
     RLConfig,
     Section,
     TokenizerConfig,
+    TrackingConfig,
     TuneConfig,
     environment,
 )
@@ -91,6 +92,7 @@ class Config(Section):
     sft: TuneConfig = TuneConfig()
     rl: RLConfig = RLConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
 
 class About(Section):
@@ -613,11 +615,12 @@ def config_from_args(args: argparse.Namespace, characters: int | None = None) ->
         "family": ("model", "family"),
         "evals": ("evaluate", "tasks"),
         "eval_data": ("evaluate", "data"),
+        "track": ("tracking", "to"),
         **{flag: ("base", flag) for flag in ("hours", "budget_usd", "usd_per_worker_hour")},
     }
     flags: dict[str, Any] = {}
     for flag, path in (paths | sections).items():
-        if (value := getattr(args, flag)) is not None:
+        if (value := getattr(args, flag, None)) is not None:
             for part in reversed(path):
                 value = {part: value}
             flags = _merge(flags, value)
