@@ -226,8 +226,9 @@ def load_config(
     values = _with_mixtures(_merge(_giving_way(named, given), given), [named, *layers])
     _refuse_unknown_keys(values)
     values = _with_environment(values)
-    if isinstance(place := values.get("evaluate", {}).get("data"), str):
-        values["evaluate"]["data"] = absolute(place)
+    for section, name in (("evaluate", "data"), ("tracking", "folder")):
+        if isinstance(place := values.get(section, {}).get(name), str):
+            values[section][name] = absolute(place)
     if preset is not None:
         ours = preset in preset_names()
         values["preset"] = preset if ours else absolute(preset)

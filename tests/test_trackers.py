@@ -19,18 +19,13 @@ import pytest
 import wandb
 from rich.console import Console
 from runs import ROOT, fathom, one_clear_message
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tensorboard.util.tensor_util import make_ndarray
-from wandb.proto import wandb_internal_pb2
+from shown import Records, plain, tensorboard_rows, wandb_records, wandb_rows
 
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
 from cluster.storage import Storage
 from pipeline.config import Config, ConfigError, identity_of, load_config
 from pipeline.track import asked, check_installed, folder_of, tracked
-from stages.trackers.to_wandb import LOG_BLOCK
-
-Records = list[dict[str, Any]]
 
 
 def some(steps: int, first: int = 0, slower: float = 1.0) -> Records:
@@ -97,57 +92,12 @@ def feed(storage: Path, kind: str) -> None:
     assert process.returncode == 0, (storage / "log").read_text()
 
 
-def wandb_rows(folder: Path, run: str = "*") -> dict[str, Records]:
-    """The history of every wandb run there, offline folders in the order of their making, as its protobuf has it."""
-    found: dict[str, Records] = {}
-    for path in sorted(folder.glob(f"wandb/offline-run-*-{run}/*.wandb")):
-        rows = found.setdefault(path.stem.removeprefix("run-"), [])
-        for record in wandb_records(path):
-            if record.WhichOneof("record_type") == "history":
-                assert record.history.step.num == len(rows), "a row is missing, or is there twice"
-                items = {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-                rows.append({name: value for name, value in items.items() if name[0] != "_"})
-    return found
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of wandb's file: LevelDB's log format, read without regard to checksums."""
-    data, at, record = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if LOG_BLOCK - at % LOG_BLOCK < 7:
-            at += LOG_BLOCK - at % LOG_BLOCK
-        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        record += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if at > len(data):
-            return
-        if kind in (1, 4):
-            yield wandb_internal_pb2.Record.FromString(record)
-            record = b""
-
-
-def tensorboard_rows(folder: Path, stage: str = "base") -> Records:
-    """The events of a stage as TensorBoard's own loader reads them."""
-    rows: Records = []
-    for path in sorted((folder / "tensorboard" / "r" / stage).iterdir()):
-        for event in EventFileLoader(str(path)).Load():
-            if event.HasField("summary"):
-                figures = {value.tag: make_ndarray(value.tensor).item() for value in event.summary.value}
-                rows.append({"step": event.step, **figures})
-    return rows
-
-
 def shown(kind: str, folder: Path) -> Records:
     """What the newest attempt has of base."""
     if kind == "tensorboard":
-        return tensorboard_rows(folder)
+        return tensorboard_rows(folder, "r", "base")
     rows = wandb_rows(folder)
     return rows[max(rows, key=len)] if rows else []
-
-
-def text(records: Records) -> list[str]:
-    """To compare them by: not a number is then itself, and 2 is 2.0."""
-    return [json.dumps({name: float(value) for name, value in record.items()}, sort_keys=True) for record in records]
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -166,12 +116,12 @@ def test_history_is_the_record(kind: str, tmp_path: Path) -> None:
     records = some(300)
     keep(tmp_path, "base", records[:100], 99)
     feed(tmp_path, kind)
-    assert text(shown(kind, tmp_path / "shown")) == text(records[:100])
+    assert plain(shown(kind, tmp_path / "shown")) == plain(records[:100])
     with following(tmp_path, kind):
         keep(tmp_path, "base", records[:200], 198)
         until(lambda: len(shown(kind, tmp_path / "shown")) >= 199)
         keep(tmp_path, "base", records)
-    assert text(shown(kind, tmp_path / "shown")) == text(records)
+    assert plain(shown(kind, tmp_path / "shown")) == plain(records)
     before = {path: path.read_bytes() for path in tmp_path.glob("shown/[tw]*/*/*/*") if path.is_file()}
     feed(tmp_path, kind)
     assert before == {path: path.read_bytes() for path in tmp_path.glob("shown/[tw]*/*/*/*") if path.is_file()}
@@ -191,7 +141,7 @@ def test_killed_between_records_it_goes_on_without_one_missing_or_twice(kind: st
         reached = len(shown(kind, tmp_path / "shown"))
     keep(tmp_path, "base", records)
     feed(tmp_path, kind)
-    assert text(shown(kind, tmp_path / "shown")) == text(records)
+    assert plain(shown(kind, tmp_path / "shown")) == plain(records)
 
 
 def alive_below(storage: Path) -> bool:
@@ -210,9 +160,9 @@ def test_a_record_that_was_cut_back_is_shown_as_it_then_went_on(kind: str, tmp_p
     keep(tmp_path, "base", some(100), 100)
     (tmp_path / "r/base/checkpoints/step_000200/manifest.json").unlink()
     with following(tmp_path, kind):
-        until(lambda: text(newest(kind, tmp_path / "shown")) == text(some(100)))
+        until(lambda: plain(newest(kind, tmp_path / "shown")) == plain(some(100)))
         keep(tmp_path, "base", again)
-    assert text(newest(kind, tmp_path / "shown")) == text(again)
+    assert plain(newest(kind, tmp_path / "shown")) == plain(again)
     if kind == "wandb":
         old, new = wandb_rows(tmp_path / "shown")
         assert new == f"{old}-2"
@@ -220,7 +170,7 @@ def test_a_record_that_was_cut_back_is_shown_as_it_then_went_on(kind: str, tmp_p
 
 def newest(kind: str, folder: Path) -> Records:
     if kind == "tensorboard":
-        return tensorboard_rows(folder)
+        return tensorboard_rows(folder, "r", "base")
     return list(wandb_rows(folder).values())[-1]
 
 

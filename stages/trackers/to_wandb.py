@@ -126,6 +126,8 @@ class Wandb:
             if not self.online:
                 raise
             self.online = False
+            self.open.clear()  # their files say how far they are; the service that has their names ends
+            wandb.teardown()
             self._tell(f"the server took no run ({error}), so it goes on offline")
             run = wandb.init(mode="offline", **given)
         if self.online:
