@@ -32,7 +32,7 @@ from pipeline.config import (
 )
 from pipeline.terminal import Terminal, say
 from stages.config import TrackingConfig, as_trackers
-from stages.trackers import Job
+from stages.trackers import SAID, Job
 
 FINISH_SECONDS = 20.0  # that a tracker has when the run has ended
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,6 @@ class Feeder:
 
     def __init__(self, job: Job, console: Console) -> None:
         self.job, self.console = job, console
-        self.said = False
         folder = Path(job.folder, "log")
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"{job.run}-{job.kind}.log"
@@ -69,7 +68,6 @@ class Feeder:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.said = True
             say(self.console, f"{self.job.kind}: {line.rstrip()}")
 
     def finish(self, deadline: float | None) -> bool:
@@ -81,7 +79,7 @@ class Feeder:
         try:
             status = self.process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
             self.listener.join(1)
-            if status and not self.said:
+            if status not in (0, SAID):
                 say(self.console, f"{self.job.kind}: it ended with status {status}, see {self.log}; {later}")
             return status == 0
         except subprocess.TimeoutExpired:
@@ -141,13 +139,18 @@ def tracked(
     tracking, storage = config.tracking, Storage(config.storage)
     feeders, failed = [], list[str]()
     for kind in kinds:
-        job = Job.model_validate(
-            {
-                **{"kind": kind, "run": config.name, "storage": storage.uri, "stages": list(names)},
-                **{"folder": str(folder_of(tracking, storage)), "project": tracking.project},
-                **{"entity": tracking.entity, "tags": list(tracking.tags), "mode": tracking.mode},
-                **{"hardware": hardware or {}, "limit": limit},
-            }
+        job = Job(
+            kind=kind,
+            run=config.name,
+            storage=storage.uri,
+            stages=list(names),
+            folder=str(folder_of(tracking, storage)),
+            project=tracking.project,
+            entity=tracking.entity,
+            tags=list(tracking.tags),
+            mode=tracking.mode,
+            hardware=hardware or {},
+            limit=limit,
         )
         try:
             feeders.append(Feeder(job, console))

@@ -48,7 +48,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 def tensorboard_rows(folder: Path, run: str, stage: str) -> Records:
     """The events of a stage as TensorBoard's own loader reads them."""
     rows: Records = []
-    for path in sorted((folder / "tensorboard" / run / stage).iterdir()):
+    for path in sorted(folder.glob(f"tensorboard/{run}/{stage}/*")):
         for event in EventFileLoader(str(path)).Load():
             if event.HasField("summary"):
                 figures = {value.tag: make_ndarray(value.tensor).item() for value in event.summary.value}

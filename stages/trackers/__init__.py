@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
@@ -22,9 +22,9 @@ from cluster import manifest as manifests
 from cluster.manifest import Manifest
 from cluster.storage import DamagedError, Storage
 
-Kind = Literal["wandb", "tensorboard"]
 Record = dict[str, Any]
 Say = Callable[[str], None]  # tells the user
+SAID = 3  # exit status of a tracker's process that has said why it failed
 
 
 class Job(BaseModel):
@@ -33,7 +33,7 @@ class Job(BaseModel):
     It holds no secret: an account's key is in the environment, where wandb looks for it.
     """
 
-    kind: Kind
+    kind: str
     run: str
     storage: str
     stages: list[str]
@@ -41,7 +41,7 @@ class Job(BaseModel):
     project: str
     entity: str | None
     tags: list[str]
-    mode: Literal["auto", "online", "offline"]
+    mode: str
     hardware: dict[str, Any]
     limit: float | None
 

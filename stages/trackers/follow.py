@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 
 from cluster.storage import Storage, StorageError
-from stages.trackers import Job, Say, Tracker, settled
+from stages.trackers import SAID, Job, Say, Tracker, settled
 
 POLL_SECONDS = 5.0
 LOCK_SECONDS = 10.0  # for what a killed one had started, which writes out what it was given
@@ -89,13 +89,14 @@ def main() -> int:
 
     try:
         if not lock(say, ended):
-            return 1
+            return SAID
         follow(job, open_tracker(job, say), say, ended)
     except Exception as error:  # whatever a library raises: this process does nothing else
         traceback.print_exc()
         sys.stderr.flush()
-        say(f"failed, and the run goes on without it: {type(error).__name__}: {error}")
-        os._exit(1)  # without what the library would still do at the end
+        later = f"`fathom track {job.run} --to {job.kind}` gives it what is missing"
+        say(f"failed, and the run goes on without it: {type(error).__name__}: {error}; {later}")
+        os._exit(SAID)  # without what the library would still do at the end
     return 0
 
 
