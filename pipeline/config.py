@@ -227,8 +227,9 @@ def load_config(
     _refuse_unknown_keys(values)
     values = _with_environment(values)
     for section, name in (("evaluate", "data"), ("tracking", "folder")):
-        if isinstance(place := values.get(section, {}).get(name), str):
-            values[section][name] = absolute(place)
+        settings = values.get(section)
+        if isinstance(settings, dict) and isinstance(settings.get(name), str):
+            settings[name] = absolute(settings[name])
     if preset is not None:
         ours = preset in preset_names()
         values["preset"] = preset if ours else absolute(preset)
