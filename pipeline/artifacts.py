@@ -33,6 +33,7 @@ from stages.context import ANSWERS, PROGRESS, TRACEBACK, Progress, settled
 from stages.growing import NOTES
 
 CONFIG, CLAIM = "config.json", "claim.json"
+TRACKING = "fathom-tracking"  # below a storage, what trackers keep
 EVALUATIONS = "evaluations"  # below a storage, what `fathom evaluate` was answered
 SET_ASIDE = ".set-aside"  # artifacts that --force replaces, until their successors are there
 BEAT_SECONDS = 2.0
@@ -84,6 +85,8 @@ class RunStore:
             raise ValueError(f"run name {run!r} must start with a letter or digit and hold only those, '.', '_', '-'")
         if run == EVALUATIONS:
             raise ValueError(f"no run can be named {run!r}: fathom evaluate keeps answers in a folder of that name")
+        if run == TRACKING:
+            raise ValueError(f"no run can be named {run!r}: trackers keep their files in a folder of that name")
         self.run = run
         self.storage = Storage(storage_uri).at(run)
         if token is not None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "status": "the stages of a run, finished or not",
     "runs": "which runs there are, how far each is and how good",
     "report": "what a run made and what it cost, as one page; several runs laid over each other",
+    "track": "show a run in wandb or TensorBoard, finished or not",
     "data": "look at the rows of a run, and hash its files again",
     "doctor": "check that this machine can run Fathom",
 }

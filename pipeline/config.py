@@ -35,6 +35,7 @@ from stages.config import (
     RLConfig,
     Section,
     TokenizerConfig,
+    TrackingConfig,
     TuneConfig,
     environment,
 )
@@ -91,6 +92,7 @@ class Config(Section):
     sft: TuneConfig = TuneConfig()
     rl: RLConfig = RLConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
 
 class About(Section):
@@ -229,8 +231,10 @@ def load_config(
     except RecursionError:
         raise ConfigError("the settings are nested too deep: no setting has more than five names") from None
     values = _with_environment(values)
-    if isinstance(place := values.get("evaluate", {}).get("data"), str):
-        values["evaluate"]["data"] = absolute(place)
+    for section, name in (("evaluate", "data"), ("tracking", "folder")):
+        settings = values.get(section)
+        if isinstance(settings, dict) and isinstance(settings.get(name), str):
+            settings[name] = absolute(settings[name])
     if preset is not None:
         ours = preset in preset_names()
         values["preset"] = preset if ours else absolute(preset)
@@ -626,11 +630,12 @@ def config_from_args(args: argparse.Namespace, characters: int | None = None) ->
         "family": ("model", "family"),
         "evals": ("evaluate", "tasks"),
         "eval_data": ("evaluate", "data"),
+        "track": ("tracking", "to"),
         **{flag: ("base", flag) for flag in ("hours", "budget_usd", "usd_per_worker_hour")},
     }
     flags: dict[str, Any] = {}
     for flag, path in (paths | sections).items():
-        if (value := getattr(args, flag)) is not None:
+        if (value := getattr(args, flag, None)) is not None:
             for part in reversed(path):
                 value = {part: value}
             flags = _merge(flags, value)

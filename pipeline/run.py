@@ -25,6 +25,7 @@ from pipeline.artifacts import Claim, RunStore
 from pipeline.attempts import Diary
 from pipeline.config import (
     Config,
+    ConfigError,
     Parser,
     add_config_flags,
     add_stage_flags,
@@ -43,6 +44,7 @@ from pipeline.preflight import check_inputs, proportions
 from pipeline.report import FOLDER, PAGE, keep
 from pipeline.status import run_states
 from pipeline.terminal import Terminal, say
+from pipeline.track import asked, check_installed, tracked
 from pipeline.tracking import LiveView, final_table, plan_table
 from stages.context import PROGRESS, STOP, TRACEBACK
 
@@ -57,6 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_stage_flags(parser)
     parser.add_argument("--force", metavar="STAGE", action="append", default=[], help="make a stage again; repeatable")
     parser.add_argument("--reuse-from", metavar="RUN", help="take what this run would make the same from another run")
+    parser.add_argument(
+        "--track",
+        metavar="TRACKER",
+        help="show it in wandb, tensorboard, both or none (default: wandb where WANDB_API_KEY is set, else none)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, and stop")
     parser.add_argument("--debug", action="store_true", help="show Ray's log and tracebacks")
     return parser
@@ -76,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     names = stage_names(config)
     selected = select(names, args.only, args.first, args.until, args.force)
     check_mixtures(config, selected)
+    kinds = trackers(config, console)
     other = RunStore(config.storage, args.reuse_from) if args.reuse_from else None
     reused = reusable(store, other, config, names) if other else {}
     if args.dry_run:
@@ -97,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in reused:
                 say(console, f"{name:<14}  taken from run {other.run}")
         planned = plan(store, config, names, selected, args.force)
-        failure = execute(store, config, planned, console, args.debug, claim, arguments, args.force)
+        failure = execute(store, config, planned, console, args.debug, claim, arguments, args.force, kinds)
         for name in store.settle():
             say(console, f"{name:<14}  it made nothing: the artifact from before --force is back")
         states = run_states(store)
@@ -117,6 +125,7 @@ def execute(
     claim: Claim,
     arguments: Sequence[str] = (),
     force: Sequence[str] = (),
+    kinds: Sequence[str] = (),
 ) -> Exception | None:
     """Runs what is planned, every branch to its end; returns the error of the first stage that failed.
 
@@ -124,9 +133,11 @@ def execute(
     RunHeldError as soon as another process has taken the run over.
     """
     to_do = [item.state.name for item in planned if item.action not in ("", "skip")]
+    names = [item.state.name for item in planned]
     if not to_do:
         store.record(config)
-        return None
+        with tracked(config, names, kinds, console):
+            return None
     check_space(store, config, to_do)
     if check_here(config, to_do):
         for line in proportions(config, to_do):
@@ -143,8 +154,12 @@ def execute(
         store.stage(name).delete(STOP)
     diary = Diary(store.storage, list(arguments), actions(planned), described(devices))
     references = submit(store, config, planned, devices, force, claim.token)
-    live = LiveView(store, list(references), console, diary.tell)
-    with diary, live as view, stopping_on_sigterm(store, view) as stopping:
+    with (
+        diary,
+        tracked(config, names, kinds, console, vars(devices)),
+        LiveView(store, list(references), console, diary.tell) as view,
+        stopping_on_sigterm(store, view) as stopping,
+    ):
         pending = dict(references)
         while pending and not (stopping and not pending.keys() & set(TRAINING)):
             done, _ = ray.wait(list(pending.values()), num_returns=len(pending), timeout=CLAIM_CHECK_SECONDS)
@@ -189,6 +204,19 @@ def report(store: RunStore, planned: Sequence[Planned], console: Console) -> Non
     except Exception as error:
         log.debug("the report is unwritten", exc_info=True)
         say(console, f"! the report could not be written, which changes nothing else: {error}", "yellow")
+
+
+def trackers(config: Config, console: Console) -> tuple[str, ...]:
+    """The trackers of this run; raises ConfigError for one that was named and is not installed."""
+    kinds = asked(config.tracking)
+    try:
+        check_installed(kinds)
+    except ConfigError as error:
+        if config.tracking.to is not None:
+            raise
+        say(console, f"WANDB_API_KEY is set, and {error}")
+        return ()
+    return kinds
 
 
 def check_here(config: Config, stages: Sequence[str]) -> bool:

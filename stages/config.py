@@ -8,9 +8,10 @@ is identity and enters the artifact's fingerprint. Fields that default to None a
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import difflib
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from models.spec import Family, ModelSpec
 from tasks.environments import EnvironmentFile
@@ -419,3 +420,45 @@ class EvaluateConfig(Section):
         """How many sample at once: one a GPU, or one for two cores, as the stage after trains on the others, and four
         at most, as each has a model and a cache in the machine's one memory."""
         return max(1, min(gpus or cpus // 2, gpus or 4, self.problems))
+
+
+TRACKERS = ("wandb", "tensorboard")
+
+
+def as_names(value: Any) -> Any:
+    """The list of names that "a, b" is."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def as_trackers(value: Any) -> tuple[str, ...]:
+    """The trackers of "wandb", "wandb,tensorboard", "both" or "none"; raises ValueError that names what is nearest."""
+    names = as_names(value)
+    if not isinstance(names, list | tuple):
+        raise ValueError(f"must be one or more of {', '.join(TRACKERS)}, both or {NONE}")
+    known = [*TRACKERS, "both", NONE]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+            raise ValueError(f"there is no tracker {name!r}; did you mean {near[0]}? There are {', '.join(known)}")
+    if NONE in names and len(names) > 1:
+        raise ValueError("none stands alone")
+    return TRACKERS if "both" in names else tuple(name for name in TRACKERS if name in names)
+
+
+class TrackingConfig(Section):
+    """Where a run is shown besides; none of it enters any artifact."""
+
+    to: Annotated[tuple[str, ...], BeforeValidator(as_trackers)] | None = environment(
+        None, "trackers: wandb, tensorboard, both or none; unset: wandb where WANDB_API_KEY is set, else none"
+    )
+    project: str = environment("fathom", "project in wandb")
+    entity: str | None = environment(None, "user or team in wandb; unset: the account's own")
+    tags: Annotated[tuple[str, ...], BeforeValidator(as_names)] = environment(
+        (), "tags of the runs in wandb, such as first,long"
+    )
+    mode: Literal["auto", "online", "offline"] = environment(
+        "auto", "of wandb; auto: as WANDB_MODE says, else online where there is an account's key, else offline"
+    )
+    folder: str | None = environment(
+        None, "where trackers keep their files; unset: fathom-tracking beside the runs, or here where those are remote"
+    )

@@ -42,6 +42,13 @@ for stage in ("base", "mid", "sft"):
     SETTINGS |= {f"{stage}.eval_rows": 16}
 
 
+def flags(settings: dict[str, object]) -> list[str]:
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+TRACKED = ["--track", "both", *flags({"tracking.mode": "offline"})]
+
+
 class ByRun(LoadFileScheduling):  # type: ignore[misc]
     """Tests of one file go to the same of `make test`'s two processes, and so do all files that branch off from one
     run. (loadgroup, which is for that, does nothing under pytest 9.2.)"""
@@ -53,10 +60,6 @@ class ByRun(LoadFileScheduling):  # type: ignore[misc]
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByRun:
     return ByRun(config, log)
-
-
-def flags(settings: dict[str, object]) -> list[str]:
-    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,6 +87,6 @@ def shared_data() -> Path:
 def line(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One whole run, from nothing to RL; treat it as read-only."""
     run = Run(tmp_path_factory.mktemp("runs"), "line", ["--preset", "demo", "--with-rl", *flags(SETTINGS)])
-    result = run.go(seconds=900)
+    result = run.go(*TRACKED, seconds=900)
     assert result.code == 0, result.output
     return Run(run.storage, run.name, run.settings, result)

@@ -37,7 +37,8 @@ def ray_directory() -> Path:
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment for a command of the working tree, with no cluster of anybody else in it."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "COLUMNS")}
+    others = ("RAY_ADDRESS", "COLUMNS", "WANDB_API_KEY")
+    kept = {name: value for name, value in os.environ.items() if name not in others}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
     own = {"PATH": path, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(ray_directory()), "PYTHONUNBUFFERED": "1"}
     own |= {"RAY_AUTH_MODE": "token"}

@@ -149,7 +149,18 @@ ODD = st.sampled_from(
     ["none", "-1", "2024", "true", "nan", "1e400", "[1]", "{}", "{a=1}", "07:32:00", " ", "3\nx=4", "9" * 5_000,
      "[" * 5_000, "\ud800", "'a'", "~", "hub:", "s3://a b", "/dev/null", "1e-320"]
 )  # fmt: skip
-ODD_KEYS = ["", "data", "data.sft", "data.sft.x", "data.sft.x.source.y", "data.sft.arc_easy.split", "base", "name.x"]
+ODD_KEYS = [
+    "",
+    "data",
+    "evaluate",
+    "tracking",
+    "data.sft",
+    "data.sft.x",
+    "data.sft.x.source.y",
+    "data.sft.arc_easy.split",
+    "base",
+    "name.x",
+]
 
 
 @settings(max_examples=300)

@@ -12,7 +12,15 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("pipeline", "stages", "models", "corpus", "tasks", "kernels", "cluster", "bench")
 ENGINES_OWN = ("models.vllm_nanochat", "corpus.tool_parser")  # classes of vLLM's kinds, which it imports by name
 # What the libraries do to the environment when they are imported is theirs: they come first.
-LIBRARIES = ("torch.distributed.checkpoint", "ray.data", "ray.train.torch", "transformers", "datasets", "pyarrow.fs")
+LIBRARIES = (
+    "torch.distributed.checkpoint",
+    "ray.data",
+    "ray.train.torch",
+    "transformers",
+    "datasets",
+    "pyarrow.fs",
+    "wandb",
+)
 
 SIDE_EFFECTS = """
 import importlib, os, pathlib, signal, sys, threading

@@ -10,6 +10,7 @@ import torch
 from conftest import SEQUENCE_LEN
 from runs import Run, explanations, fathom
 from test_report import SECTIONS
+from shown import plain, tensorboard_rows, wandb_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corpus.synthetic import documents
@@ -74,6 +75,15 @@ def test_every_step_is_on_record(line: Run, stage: str) -> None:
     if stage != "rl":
         measured = [record["step"] for record in records if VALIDATED[stage][0] in record]
         assert measured == [*range(0, EXPECTED_STEPS[stage], 20), EXPECTED_STEPS[stage]]
+
+
+@pytest.mark.parametrize("stage", EXPECTED_STEPS)
+def test_trackers_show_what_is_on_record(line: Run, stage: str) -> None:
+    folder = line.storage / "fathom-tracking"
+    ours = wandb_rows(folder, "job_type")
+    assert set(ours) == set(STAGES) and len(wandb_rows(folder)) == len(STAGES), "one wandb run a stage"
+    assert plain(ours[stage]) == plain(line.records(stage)) == plain(tensorboard_rows(folder, "line", stage))
+    assert line.result is not None and line.result.output.count("wandb sync") == 1
 
 
 def test_base_learns(line: Run) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import TRACKED
 from runs import Run, kill_at_checkpoint, one_clear_message
+from shown import plain, tensorboard_rows, wandb_rows
 
 # mid is the loop of base on the kind of rows that sft has
 UPSTREAM = {
@@ -21,16 +23,19 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_been(line: Run, tmp_path: Path
     upstream = run.manifests()
     # after its fourth step RL has seen every problem, and begins anew with them in another order
     at = ("--set", "rl.save_every=4") if stage == "rl" else ()
-    step = kill_at_checkpoint(run, stage, "--only", stage, *at)
+    step = kill_at_checkpoint(run, stage, "--only", stage, *at, *TRACKED)
     assert stage != "rl" or step == 4
     assert run.states()[stage] == "resumable"
     recorded = (run.path / stage / f"checkpoints/step_{step:06d}/metrics.jsonl").read_text()
     plan = run.go("--only", stage, "--dry-run", seconds=120)
     assert f"resume from step {step}" in plan.output
-    result = run.go("--only", stage)
+    result = run.go("--only", stage, *TRACKED)
     assert result.code == 0, result.output
     assert not result.left_behind
     assert run.states()[stage] == "done"
+    for rows in (wandb_rows(tmp_path / "fathom-tracking", "job_type")[stage],
+                 tensorboard_rows(tmp_path / "fathom-tracking", run.name, stage)):  # fmt: skip
+        assert plain(rows) == plain(run.records(stage)), "a tracker shows something else"
     assert run.lasting(stage) == line.lasting(stage)
     # Down to the times it took, the steps before the checkpoint are those of the killed command.
     assert recorded and (run.path / stage / "metrics.jsonl").read_text().startswith(recorded)

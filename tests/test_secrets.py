@@ -25,6 +25,7 @@ from pipeline.config import load_config
 
 NAMES = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS")
 SECRETS = {name: f"planted{uuid.uuid4().hex}" for name in NAMES}  # this process's own: it looks at the whole machine
+ACCOUNT = {"WANDB_API_KEY": f"planted-{uuid.uuid4().hex}"}  # of as many characters as wandb asks for
 SMALL = flags(SETTINGS | {"base.steps": 2, "data.synthetic_documents": 500})
 # A Ray task, and one of another runtime environment, as a stage's workers and engines are.
 TELL = """
@@ -56,7 +57,7 @@ def watching() -> Iterator[Seen]:
             for pid in psutil.pids():
                 with contextlib.suppress(psutil.Error):
                     line = " ".join(psutil.Process(pid).cmdline())
-                    seen.lines.extend(line for value in SECRETS.values() if value in line)
+                    seen.lines.extend(line for value in (SECRETS | ACCOUNT).values() if value in line)
 
     watcher = threading.Thread(target=look)
     watcher.start()
@@ -73,7 +74,7 @@ def holding(*folders: Path) -> list[str]:
     for path in files(*folders):
         with contextlib.suppress(FileNotFoundError):
             content = path.read_bytes()
-            found += [str(path) for value in SECRETS.values() if value.encode() in content]
+            found += [str(path) for value in (SECRETS | ACCOUNT).values() if value.encode() in content]
     return found
 
 
@@ -87,7 +88,7 @@ def test_a_run_shows_and_keeps_no_secret(tmp_path: Path) -> None:
     home, place = tmp_path / "home", ray_directory() / "own"  # a folder of its own; short, as it holds sockets
     home.mkdir()
     run = Run(tmp_path / "runs", "secrets", ["--preset", "demo", *SMALL])
-    own = SECRETS | {"HOME": str(home), "RAY_TMPDIR": str(place)}
+    own = SECRETS | ACCOUNT | {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(home), "RAY_TMPDIR": str(place)}
     with watching() as seen:
         command = start("run", *run.arguments("--until", "ingest", "--debug"), **own)
         ended = not command.until(lambda: (run.path / "ingest").exists(), 120)
@@ -95,9 +96,10 @@ def test_a_run_shows_and_keeps_no_secret(tmp_path: Path) -> None:
         result = command.finish(240)
     assert not ended and result.code == 0, result.output
     assert list(place.rglob("runtime_env_agent.log")), "Ray's logs are elsewhere"
+    assert "wandb: the server took no run" in result.output, "the key was not used"
     assert not seen.lines
     assert not half_way + holding(tmp_path, place)
-    assert not any(value in result.output for value in SECRETS.values())
+    assert not any(value in result.output for value in (SECRETS | ACCOUNT).values())
 
 
 def test_the_workers_of_a_joined_cluster_have_the_secrets_and_nobody_else() -> None:
