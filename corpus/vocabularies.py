@@ -218,7 +218,7 @@ def _size(token: str, byte_level: bool) -> int:
 
 
 def _sentencepiece(data: bytes) -> TokenizerJson:
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 

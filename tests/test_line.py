@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import SEQUENCE_LEN
 from runs import Run, explanations, fathom
-from test_report import SECTIONS
 from shown import plain, tensorboard_rows, wandb_rows
+from test_report import SECTIONS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corpus.synthetic import documents

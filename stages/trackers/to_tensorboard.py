@@ -32,7 +32,7 @@ class TensorBoard:
         say(f"tensorboard --logdir {self.folder}")
 
     def feed(self, settled: Settled) -> None:
-        file, there = self.files.pop(settled.stage, None) or self._open(settled.stage)
+        file, there = self.files.pop(settled.stage) if settled.stage in self.files else self._open(settled.stage)
         if not begins(there, settled.records):  # the record was cut back, or the stage was made again
             file.close()
             file, there = self._anew(settled.stage), []
