@@ -129,9 +129,13 @@ def main() -> None:
         list(pool.scores((i, least) for i in range(devices.cpus)))  # every actor has loaded its model
         with watching_memory() as peak:
             began = time.perf_counter()
-            answered = ask(pool, tasks, text, args.limit)
-            found = {a.task.name: [example["correct"] for example in a.examples()] for a in answered}
+            answered = list(ask(pool, tasks, text, args.limit))
             seconds = time.perf_counter() - began
+    for asked in answered:
+        if asked.fault:
+            print(f"{asked.task.name} is left out: {asked.fault}")
+    found = {a.task.name: [example["correct"] for example in a.examples()] for a in answered if not a.fault}
+    tasks = [task for task in tasks if task.name in found]
     torch.set_num_threads(devices.threads(1))
     model = from_pretrained(args.model)
     began = time.perf_counter()
