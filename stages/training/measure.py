@@ -80,7 +80,7 @@ class NoCheckpoints(Checkpoints):
     def __init__(self) -> None:
         self.best_step = -1
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
+    def restore(self, model: nn.Module, optimizer: Optimizer, check: Any = None) -> Progress:
         return Progress()
 
     def save(self, progress: Progress, model: nn.Module, optimizer: Optimizer, stage_state: Any = None) -> None:
