@@ -17,16 +17,29 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 ROWS_FILE = "rows.json"
 FILE_BYTES = 64 << 20
 OPEN_FILES = 16  # each takes a file descriptor
 POLL_SECONDS = 1.0
 
-Index = dict[str, Any]  # row_len, dtype, masked, complete, and files: [name without suffix, rows] each
+Index = dict[str, Any]  # what RowFiles says
+
+
+class RowFiles(BaseModel):
+    """The rows of a directory; `files` has the name without its suffix, and the rows, of each."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    row_len: Annotated[int, Field(strict=True, gt=1, le=1 << 24)]
+    dtype: Literal["<u2", "<u4"]
+    masked: Annotated[bool, Field(strict=True)]
+    complete: Annotated[bool, Field(strict=True)]
+    files: list[tuple[Annotated[str, Field(pattern=r"^[\w-]+$")], Annotated[int, Field(strict=True, ge=0, le=1 << 40)]]]
 
 
 class RowWriter:
@@ -93,7 +106,7 @@ class Rows:
         index: Callable[[], Index] | None = None,
     ) -> None:
         self._fetch = fetch or directory.joinpath
-        self._index = index or (lambda: _read_index(self._fetch(ROWS_FILE)))
+        self._index = index or (lambda: read_index(self._fetch(ROWS_FILE)))
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="rows")
         self._open = lru_cache(OPEN_FILES)(self._map)
         self._permutation = lru_cache(OPEN_FILES)(_permutation)
@@ -177,10 +190,27 @@ class Rows:
         return np.memmap(path, dtype=dtype, mode="r", shape=(count, self.row_len))
 
 
-def _read_index(path: Path) -> Index:
+def read_index(path: Path) -> Index:
+    """What `write_index` wrote. Raises FileNotFoundError, or ValueError for anything else."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {path.parent} holds no finished rows; run the ingest stage")
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return RowFiles.model_validate(json.loads(path.read_text(encoding="utf-8"))).model_dump()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        fault = f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+    except (ValueError, RecursionError):
+        fault = "it is no JSON"
+    raise ValueError(f"{path} does not list rows ({fault}): the rows are damaged; run the stage that made them again")
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
+    """Raises ValueError where ids, of rows in `where`, are none of the vocabulary."""
+    if ids.max(initial=0) >= vocab_size:
+        raise ValueError(
+            f"{where} holds the id {ids.max()}, and the vocabulary is {vocab_size}: the rows are damaged; run the "
+            "stage that made them again"
+        )
 
 
 def _permutation(seed: int, epoch: int, file: int, count: int) -> np.ndarray:

@@ -25,7 +25,7 @@ import tiktoken
 
 from corpus.chat_template import chat_template, escapes, unescapes
 from corpus.utf8 import valid
-from corpus.vocabularies import ENCODINGS, Ranks, TokenizerJson, byte_level, gpt4_pattern, parse_ranks, read
+from corpus.vocabularies import ENCODINGS, FILES, Ranks, TokenizerJson, byte_level, gpt4_pattern, parse_ranks, read
 
 __all__ = [
     "ANSWER_ENDS",
@@ -62,6 +62,7 @@ PADDING = "<|python_end|>"
 
 # Digits in groups of one or two: three-digit groups would eat a small vocabulary.
 SPLIT_PATTERN = gpt4_pattern(digits=2)
+PATTERNS = {SPLIT_PATTERN, *(known.pattern for known in FILES.values())}
 
 # Characters given to tiktoken at once: its regex overflows its stack on a run of a few million spaces.
 MAX_PIECE = 400_000
@@ -156,12 +157,15 @@ class Tokenizer(ABC):
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError when a file is damaged."""
         try:
             meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
-            return _KINDS[meta["kind"]].restore(directory, meta)
+            tokenizer = _KINDS[meta["kind"]].restore(directory, meta)
+            if lacks := set(SPECIAL_TOKENS) - tokenizer._special.keys():
+                raise ValueError(f"it lacks the token {min(lacks)}")
+            return tokenizer
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error.filename} is missing: {directory} holds no tokenizer; run the tokenizer stage"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"the tokenizer in {directory} is damaged ({error}); make it again") from error
 
     @classmethod
@@ -270,7 +274,13 @@ class BytePairs(Tokenizer):
     @classmethod
     def restore(cls, directory: Path, meta: dict[str, Any]) -> BytePairs:
         ranks = parse_ranks((directory / RANKS_FILE).read_bytes())
-        return cls(Ranks(ranks, meta["pattern"], meta["special_tokens"]), _load_sizes(directory))
+        special, sizes = _special_of(meta), _load_sizes(directory)
+        if sorted(special.values()) != list(range(len(ranks), len(sizes))):
+            raise ValueError("the ids of its special tokens do not follow its ranks")
+        # one that matches nothing aborts tiktoken, one that matches little loses text, and others never end
+        if meta["pattern"] not in PATTERNS:
+            raise ValueError("its pattern is none that splits text here")
+        return cls(Ranks(ranks, meta["pattern"], special), sizes)
 
     def _state(self, directory: Path) -> dict[str, Any]:
         in_order = sorted(self._ranks, key=self._ranks.__getitem__)
@@ -367,7 +377,10 @@ class _FromJson(Tokenizer):
     def restore(cls, directory: Path, meta: dict[str, Any]) -> _FromJson:
         exported = json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
         own = meta.get("own", {})  # before templates made marks, all of the export was
-        return cls(_parse_json(json.dumps(exported | own)), meta["special_tokens"], _load_sizes(directory))
+        fast, special, sizes = _parse_json(json.dumps(exported | own)), _special_of(meta), _load_sizes(directory)
+        if fast.get_vocab_size() != len(sizes) or any(fast.token_to_id(name) != i for name, i in special.items()):
+            raise ValueError(f"{JSON_FILE} has other tokens than {META_FILE} and {BYTES_FILE}")
+        return cls(fast, special, sizes)
 
     def _state(self, directory: Path) -> dict[str, Any]:
         data = json.loads(self._tokenizer.to_str())
@@ -411,6 +424,8 @@ class _Characters(Tokenizer):
 
     @classmethod
     def restore(cls, directory: Path, meta: dict[str, Any]) -> _Characters:
+        if type(meta["alphabet"]) is not str:
+            raise ValueError("its alphabet is no text")
         return cls(meta["alphabet"])
 
     def _state(self, directory: Path) -> dict[str, Any]:
@@ -503,8 +518,24 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _load_sizes(directory: Path) -> np.ndarray:
-    sizes: np.ndarray = np.load(directory / BYTES_FILE, allow_pickle=False)
+    """The bytes of each token. The file is mapped: how large it says that it is may be more than there is memory."""
+    path = directory / BYTES_FILE
+    try:
+        sizes = np.array(np.lib.format.open_memmap(path, mode="r"))  # type: ignore[no-untyped-call]
+    except OSError:
+        raise
+    except Exception as error:  # of numpy, and of Python's parser that it reads the head with
+        raise ValueError(f"{BYTES_FILE} cannot be read: {error}") from error
+    if sizes.dtype != np.int32 or sizes.ndim != 1 or sizes.min(initial=0) < 0:
+        raise ValueError(f"{BYTES_FILE} does not hold a number of bytes for each token")
     return sizes
+
+
+def _special_of(meta: dict[str, Any]) -> dict[str, int]:
+    special = meta["special_tokens"]
+    if type(special) is not dict or any(type(i) is not int for i in special.values()):
+        raise ValueError("its special tokens are no names with ids")
+    return special
 
 
 def _write_json(path: Path, value: object) -> None:

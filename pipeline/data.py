@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 from rich.bar import Bar
 from rich.console import Console
 from rich.filesize import decimal
@@ -25,7 +26,7 @@ from cluster import manifest as manifests
 from cluster.manifest import MANIFEST, Manifest
 from cluster.storage import FileEntry, Storage, StorageError, hash_stream
 from corpus import left_out
-from corpus.rows import ROWS_FILE, Rows
+from corpus.rows import ROWS_FILE, Rows, check_ids
 from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
 from pipeline.config import STAGE_NAMES, add_storage_flag, stage_names
@@ -48,6 +49,9 @@ FIGURES = {
     "cropped_share": "cropped: tokens in no row",
     "split": "long documents split",
 }
+COUNTS = TypeAdapter(dict[str, Annotated[float, Field(strict=True, ge=0, lt=1e18)]])  # of FIGURES
+Lengths = dict[Annotated[int, Field(gt=0, lt=1 << 62)], Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]]
+LENGTHS = TypeAdapter(dict[str, Lengths])
 BORDER, LEARNED, SPECIAL = "bold cyan", "green", "reverse"
 READERS = 8  # files hashed at once
 
@@ -90,7 +94,8 @@ class Row:
 
 
 def decode_row(index: int, ids: np.ndarray, mask: np.ndarray | None, tokenizer: Tokenizer) -> Row:
-    """A row of ids (row_len,) and its loss mask (row_len,), or None, as text."""
+    """A row of ids (row_len,) and its loss mask (row_len,), or None, as text. ValueError for ids that are no tokens."""
+    check_ids(ids, tokenizer.vocab_size, f"row {index:,}")
     begins = ids == tokenizer.bos
     end = len(ids)
     if mask is not None:  # such rows are padded with `<|bos|>`, and no conversation is that alone
@@ -111,14 +116,13 @@ def decode_row(index: int, ids: np.ndarray, mask: np.ndarray | None, tokenizer: 
     return Row(index, len(ids), documents, len(ids) - end)
 
 
-def bins(tokens_below: dict[str, int]) -> list[tuple[int, int]]:
+def bins(tokens_below: dict[int, int]) -> list[tuple[int, int]]:
     """(limit, documents with fewer tokens and at least half as many), the limit doubling from bin to bin."""
-    counts = {int(limit): count for limit, count in tokens_below.items()}
-    exponents = range(min(counts).bit_length() - 1, max(counts).bit_length())
-    return [(1 << e, counts.get(1 << e, 0)) for e in exponents]
+    exponents = range(min(tokens_below).bit_length() - 1, max(tokens_below).bit_length())
+    return [(1 << e, tokens_below.get(1 << e, 0)) for e in exponents]
 
 
-def histogram(tokens_below: dict[str, int], title: str) -> Figure:
+def histogram(tokens_below: dict[int, int], title: str) -> Figure:
     """The lengths of documents as bars over a base-2 logarithmic axis."""
     from matplotlib.figure import Figure  # takes as long to import as all else here
 
@@ -149,7 +153,7 @@ def inspect(store: RunStore, args: argparse.Namespace, console: Console) -> None
         there = sorted(f.path.removesuffix(f"/{ROWS_FILE}") for f in made.files if f.path.endswith(f"/{ROWS_FILE}"))
         raise FileNotFoundError(f"run {store.run} has no rows in {part}; {holder} made {', '.join(there) or 'none'}")
     stats = _stats(store)
-    lengths: dict[str, int] = stats.get("tokens_below", {})
+    lengths: dict[int, int] = stats.get("tokens_below", {})
     if args.plot and not lengths:
         raise ValueError(f"--plot: ingest of run {store.run} recorded no lengths of documents to draw")
     tokenizer = _tokenizer(store, made)
@@ -187,7 +191,16 @@ def _stats(store: RunStore) -> dict[str, Any]:
         made = manifests.read(store.stage(name))
         for key, value in (made.stats if made else {}).items():
             stats[key] = stats.get(key, {}) | value if key in ("read", "skipped") else value
-    return stats
+    try:
+        COUNTS.validate_python({key: stats[key] for key in FIGURES if key in stats})
+        lengths = LENGTHS.validate_python({"tokens_below": stats.get("tokens_below", {})})["tokens_below"]
+    except ValidationError as error:
+        raise ValueError(
+            f"{store.stage('ingest').uri}/{MANIFEST} has counts that are none ({manifests.faults(error)}): "
+            "make it again with --force ingest"
+        ) from error
+    drawn = {limit: count for limit, count in lengths.items() if count and limit.bit_count() == 1}
+    return stats | {"tokens_below": drawn} if lengths else stats
 
 
 def _indices(store: RunStore, rows: Rows, part: str, args: argparse.Namespace) -> tuple[np.ndarray, str]:
@@ -205,6 +218,10 @@ def _indices(store: RunStore, rows: Rows, part: str, args: argparse.Namespace) -
         raise ValueError(f"--step {args.step}: {why}; give --start instead")
     batch: int = getattr(config, args.stage).total_batch_size
     count, seed = batch // (rows.row_len - 1), config.seed if args.seed is None else args.seed
+    if not count:
+        raise ValueError(
+            f"--step {args.step}: the run's {args.stage}.total_batch_size is less than a row of {part} has"
+        )
     shown = rows.step_rows(seed, args.step, count)[: args.rows]
     return shown, f"{len(shown):,} of {count:,} rows of step {args.step:,}, seed {seed}"
 

@@ -8,7 +8,6 @@ shards in order (see `corpus.rows`).
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import time
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster import manifest
 from cluster.storage import DamagedError, FileEntry, Storage, StorageError
-from corpus.rows import POLL_SECONDS, ROWS_FILE, Index, Rows
+from corpus.rows import POLL_SECONDS, ROWS_FILE, Index, RowFiles, Rows, read_index
 from stages import held_out
 from stages.context import GROWING, PROGRESS, SOURCES, STOP, Progress, StageContext, Stopped, settled
 
@@ -44,18 +43,6 @@ class Plan(BaseModel):
 
 Note = dict[str, Any]  # of one shard: what NoteOfShard says
 Count = Annotated[int, Field(strict=True, ge=0)]
-
-
-class RowFiles(BaseModel):
-    """The rows that a shard has for one split, as `corpus.rows` lists them."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    row_len: Annotated[int, Field(strict=True, gt=0)]
-    dtype: Literal["<u2", "<u4"]
-    masked: Annotated[bool, Field(strict=True)]
-    complete: Annotated[bool, Field(strict=True)]
-    files: list[tuple[str, Count]]
 
 
 class Statistics(BaseModel):
@@ -164,7 +151,7 @@ def _states(context: StageContext, made_from: str, part: str, entries: dict[str,
             listing = manifest.fetch_file(
                 ingest, entries[f"{part}/{ROWS_FILE}"], manifest.local_root(ingest, made_from)
             )
-            yield dict(json.loads(listing.read_text(encoding="utf-8")))
+            yield read_index(listing)
             continue
         check_going(context)
         with contextlib.suppress(FileNotFoundError):  # not begun, or ended just now

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
+import math
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
+from test_status import VALUES
 
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
+from cluster.storage import FileEntry
 from corpus.conversation import render
 from corpus.packing import pack
 from corpus.rows import Rows, RowWriter
@@ -25,6 +35,7 @@ from corpus.tokenizers import Tokenizer
 from pipeline import cli, data
 from pipeline.artifacts import RunStore
 from pipeline.config import load_config
+from pipeline.terminal import plain
 from stages.growing import PLAN, note_path
 
 ROW_LEN = 65
@@ -58,8 +69,7 @@ def publish(store: RunStore, stage: str, directory: Path, upstream: dict[str, st
     return made
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> RunStore:
+def make_run(tmp_path: Path) -> RunStore:
     """A run with tokenizer and ingest done: base in two files with documents that go on over rows, SFT padded."""
     store = RunStore(str(tmp_path / "runs"), "r")
     sets = [f"model.sequence_len={ROW_LEN - 1}", *(f"{s}.total_batch_size={4 * (ROW_LEN - 1)}" for s in data.STAGES)]
@@ -82,8 +92,32 @@ def store(tmp_path: Path) -> RunStore:
     return store
 
 
-def tokenizer_of(store: RunStore) -> Tokenizer:
-    return Tokenizer.load(Path(store.stage("tokenizer").uri))
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return make_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
+    """The same, for a test that leaves it as it was."""
+    return make_run(tmp_path_factory.mktemp("lasting"))
+
+
+def in_place_of(store: RunStore, stage: str, name: str, content: bytes) -> None:
+    """Puts `content` in the place of a file, and has all manifests agree, as whoever can write to the storage can."""
+    place = store.stage(stage)
+    place.write_bytes(name, content)
+    if name == "manifest.json":
+        return
+    made = manifests.read(place)
+    assert made is not None
+    entry = FileEntry(name, len(content), hashlib.sha256(content).hexdigest())
+    made = replace(made, files=[entry if f.path == name else f for f in made.files])
+    manifests.write(place, made)
+    for other in ("ingest", "conversations") if stage == "tokenizer" else ():
+        after = manifests.read(store.stage(other))
+        assert after is not None
+        manifests.write(store.stage(other), replace(after, upstream={"tokenizer": made.digest()}))
 
 
 @pytest.fixture
@@ -98,6 +132,127 @@ def command(store: RunStore, capsys: pytest.CaptureFixture[str]) -> Callable[...
 
 
 Command = Callable[..., tuple[int, str, str]]
+
+
+LOOKS: list[list[str]] = [
+    ["data", "inspect", "r"],
+    ["data", "inspect", "r", "--json", "--step", "1"],
+    ["data", "inspect", "r", "--stage", "sft", "--start", "1", "--plot", os.devnull],
+    ["tokenizer", "r"],
+]
+
+
+@settings(
+    max_examples=int(os.environ.get("FATHOM_FUZZ", "50")), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+@given(data=st.data())
+def test_whatever_an_artifact_says_its_rows_are_shown_or_one_message(lasting: RunStore, data: st.DataObject) -> None:
+    """No traceback, and no line that steers the terminal."""
+    stage, name = data.draw(
+        st.sampled_from(
+            [
+                ("ingest", "base/train/rows.json"),
+                ("ingest", "base/val/rows.json"),
+                ("conversations", "sft/train/rows.json"),
+                ("ingest", "manifest.json"),
+                ("tokenizer", "tokenizer_meta.json"),
+            ]
+        )
+    )
+    root, out = Path(lasting.storage.uri), io.StringIO()
+    before = {path: path.read_bytes() for path in root.rglob("*.json")}
+    raw = json.loads(before[root / stage / name])
+    raw.pop("sha256", None)
+    inner = raw
+    while isinstance(inner, dict) and inner and data.draw(st.booleans()):
+        outer, key = inner, data.draw(st.sampled_from(sorted(inner)))
+        inner = outer[key]
+        if not isinstance(inner, dict) or data.draw(st.booleans()):
+            outer[key] = data.draw(VALUES | st.just([[["x"], 1]]) | st.just([["00000-000", 1 << 62]]))
+            break
+    else:
+        raw = data.draw(VALUES)
+    try:
+        in_place_of(lasting, stage, name, json.dumps(raw).encode())
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(out),
+            patch("pipeline.tokenizer.BESIDE", ()),
+        ):
+            assert all(cli.main([*look, "--storage", str(root.parent)]) in (0, 1) for look in LOOKS)
+    finally:
+        for path, content in before.items():
+            path.write_bytes(content)
+    assert plain(out.getvalue()) == out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        "null",
+        "[" * 100_000,
+        {"row_len": 1},
+        {"row_len": True},
+        {"dtype": "O"},
+        {"files": [["../x", 1]]},
+        {"files": [["a", -1]]},
+        {"files": [["a"]]},
+    ],
+)
+def test_a_list_of_rows_that_is_none_is_one_message(
+    store: RunStore, command: Command, listing: str | dict[str, Any]
+) -> None:
+    whole = json.loads(store.stage("ingest").read_bytes("base/train/rows.json"))
+    text = listing if isinstance(listing, str) else json.dumps(whole | listing)
+    in_place_of(store, "ingest", "base/train/rows.json", text.encode())
+    code, out, err = command("inspect")
+    assert code == 1 and out == "" and err.count("\n") == 1
+    assert "rows.json does not list rows" in err and "again" in err
+
+
+def test_ids_beyond_the_vocabulary_are_one_message(
+    store: RunStore, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "val"):
+        name = f"base/{part}/00000-000.tokens"
+        in_place_of(store, "ingest", name, b"\xff" * len(store.stage("ingest").read_bytes(name)))
+    said = "holds the id 65535, and the vocabulary is 300: the rows are damaged; run the stage that made them again\n"
+    code, _, err = command("inspect")
+    assert code == 1 and err == f"fathom data: row 0 {said}"
+    assert cli.main(["tokenizer", "r", "--storage", str(Path(store.storage.uri).parent)]) == 1
+    assert capsys.readouterr().err == f"fathom tokenizer: base/val of run r {said}"
+
+
+@pytest.mark.parametrize(
+    "stats",
+    [
+        {"documents": "many"},
+        {"tokens": True},
+        {"cropped_share": math.inf},
+        {"rows": -1},
+        {"tokens_below": {"0": 1}},
+        {"tokens_below": {"64": 1 << 62}},
+    ],
+)
+def test_counts_that_are_none_are_one_message(store: RunStore, command: Command, stats: dict[str, Any]) -> None:
+    made = manifests.read(store.stage("ingest"))
+    assert made is not None
+    manifests.write(store.stage("ingest"), replace(made, stats=STATS | stats))
+    code, out, err = command("inspect")
+    assert code == 1 and out == "" and err.count("\n") == 1
+    assert "has counts that are none" in err and next(iter(stats)) in err and "--force ingest" in err
+
+
+@pytest.mark.parametrize("lengths", [{"64": 0}, {"3": 5}])
+def test_lengths_that_are_in_no_bar_are_left_out(store: RunStore, command: Command, lengths: dict[str, int]) -> None:
+    made = manifests.read(store.stage("ingest"))
+    assert made is not None
+    manifests.write(store.stage("ingest"), replace(made, stats=STATS | {"tokens_below": lengths}))
+    assert command("inspect")[0] == 0
+
+
+def tokenizer_of(store: RunStore) -> Tokenizer:
+    return Tokenizer.load(Path(store.stage("tokenizer").uri))
 
 
 def test_every_bos_begins_a_document_and_spelled_out_ones_do_not(store: RunStore, command: Command) -> None:
@@ -201,7 +356,7 @@ def test_the_plot_is_a_picture_with_a_bar_for_each_power_of_two(command: Command
     assert code == 0 and f"wrote {file}" in out
     with Image.open(file) as image:
         assert image.format == "PNG" and image.size == (960, 540)
-    axes = data.histogram(STATS["tokens_below"], "title").axes[0]  # type: ignore[arg-type]
+    axes = data.histogram({1024: 34, 64: 200, 128: 1_000}, "title").axes[0]
     bars = [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in axes.patches]  # type: ignore[attr-defined]
     assert bars == [(32, 64, 200), (64, 128, 1_000), (128, 256, 0), (256, 512, 0), (512, 1024, 34)]
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "length in tokens" and axes.get_ylabel() == "documents"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_scoring import make_bundle
-from test_training import CONFIG, SPEC, STOP, Killed, flip_a_bit, run, stage, write_rows
+from test_training import CONFIG, SPEC, STOP, Killed, flip_a_bit, replace_in_storage, run, stage, write_rows
 from torch.distributed.tensor import DTensor
 
 from cluster import manifest
@@ -51,6 +51,7 @@ GPT2 = ModelSpec(
     biases=True,
 )
 FAULTS = {"damaged": "ddp", "unreadable": "zero1", "unused": "fsdp"}  # of one rank's view of the storage
+UNFIT = {"empty": "fsdp"}  # what one rank reads holds no tensors, in storage itself
 SPECS = {"depth": replace(SPEC, vocab_size=61), "gpt2": GPT2}
 FAMILIES = SPECS | {"qwen3": replace(SPECS["depth"], family="qwen3", softcap=0.0, kv_heads=1)}
 
@@ -231,9 +232,11 @@ def restores(rank: int, path: Path, jobs: list[dict[str, str]]) -> None:
 
 
 def test_ranks_resume_from_the_same_step_whatever_one_of_them_cannot_read(tmp_path: Path) -> None:
-    jobs = [{"name": n, "family": "gpt2", "mode": m} for n, m in FAULTS.items()]
+    jobs = [{"name": n, "family": "gpt2", "mode": m} for n, m in (FAULTS | UNFIT).items()]
     together(tmp_path, 2, [{**job, "stop_at": 2 * STOP} for job in jobs])
     newest = manifest.checkpoint_path(2 * STOP)
+    place = Storage(tmp_path / "empty" / "run").at(newest)
+    replace_in_storage(place, "__0_0.distcp", bytes(len(place.read_bytes("__0_0.distcp"))))
     for job in jobs:
         shutil.copytree(tmp_path / job["name"] / "run", tmp_path / job["name"] / "other")
     flip_a_bit(tmp_path / "damaged" / "other" / newest / "__0_0.distcp")
@@ -252,6 +255,9 @@ def test_ranks_resume_from_the_same_step_whatever_one_of_them_cannot_read(tmp_pa
     assert manifest.fetch(kept), "only what the other rank read was damaged"
     assert first["unreadable"] == second["unreadable"] and "__0_0.distcp" in first["unreadable"][1]
     assert (tmp_path / "unreadable" / "run" / newest / "manifest.json").exists(), "nothing was wrong with it"
+    assert first["empty"][0] == second["empty"][0] == STOP and any(
+        note.startswith(passed) for note in first["empty"][1:]
+    )
     assert first["unused"][0] == second["unused"][0] == 2 * STOP, "what it reads lies in the other file"
 
 

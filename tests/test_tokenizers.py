@@ -611,6 +611,78 @@ def test_a_damaged_artifact_is_named(trained: Tokenizer, tmp_path: Path, file: s
         Tokenizer.load(tmp_path)
 
 
+def saved(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+HEAD = b"\x93NUMPY\x01\x00v\x00"  # of a file of numpy's, before 118 bytes that say what it holds
+HUGE = b"{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000,), }"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        HEAD + HUGE.ljust(117) + b"\n",
+        HEAD + b"{'descr': ((((((".ljust(117) + b"\n",
+        b"PK\x03\x04 begins as a zip does",
+        saved(np.zeros((2, 2), dtype=np.int32)),
+        saved(np.zeros(300)),
+        saved(np.full(300, -1, dtype=np.int32)),
+        saved(np.zeros(299, dtype=np.int32)),
+    ],
+    ids=["huge", "no-head", "zip", "square", "floats", "negative", "short"],
+)
+def test_sizes_that_are_none_are_named(trained: Tokenizer, tmp_path: Path, content: bytes) -> None:
+    trained.save(tmp_path)
+    (tmp_path / "token_bytes.npy").write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "chars", "json"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"special_tokens": True},
+        {"special_tokens": {}},
+        {"special_tokens": {"<|bos|>": 0}},
+        {"special_tokens": {"<|bos|>": "0"}},
+        {"special_tokens": {"<|bos|>": 10**30}},
+        {"special_tokens": {name: 1 for name in SPECIAL_TOKENS}},
+        {"alphabet": ["a"]},
+        {"alphabet": 1},
+        {"pattern": ""},
+        {"pattern": "a*"},
+        {"pattern": "(a+)+b"},
+        {"pattern": []},
+        {"kind": "none"},
+        {"kind": []},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_says_what_it_is_not_is_named(
+    trained: Tokenizer, files: Path, tmp_path: Path, kind: str, changed: dict[str, Any]
+) -> None:
+    sources = {"chars": "chars", "json": str(files / "tokenizer.json")}
+    made = Tokenizer.open(sources[kind], "ab") if kind in sources else trained
+    made.save(tmp_path)
+    meta = json.loads((tmp_path / "tokenizer_meta.json").read_text())
+    if not changed.keys() <= meta.keys():
+        pytest.skip("this kind says nothing of it")
+    (tmp_path / "tokenizer_meta.json").write_text(json.dumps(meta | changed))
+    with pytest.raises(ValueError, match="damaged"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_that_is_100_000_lists_deep_is_named(trained: Tokenizer, tmp_path: Path) -> None:
+    trained.save(tmp_path)
+    (tmp_path / "tokenizer_meta.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="damaged"):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_damaged_tokenizer_json_is_named(files: Path, tmp_path: Path) -> None:
     Tokenizer.open(str(files / "tokenizer.json")).save(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import time
@@ -20,12 +21,13 @@ import pytest
 import torch
 import torch._dynamo.utils
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from cluster import manifest
-from cluster.storage import FileEntry, Storage
+from cluster.storage import FileEntry, Storage, StorageError
 from corpus.rows import Rows, RowWriter
 from models.build import build
 from models.layers import LanguageModel
@@ -34,12 +36,13 @@ from stages.config import TrainConfig
 from stages.context import STOP as STOP_FILE
 from stages.context import StageContext, Stopped
 from stages.evaluate import bits_per_byte
+from stages.rl.groups import Drawn
 from stages.training.loop import accumulate_gradients, train
 from stages.training.metrics import Reporter
 from stages.training.optimizer import build_optimizer, group_weights
 from stages.training.parallel import World
 from stages.training.schedule import Schedule
-from stages.training.state import Checkpoints
+from stages.training.state import Checkpoints, Progress
 
 SPEC = ModelSpec(
     "depth", layers=2, width=32, heads=2, kv_heads=2, ffn_width=64, vocab_size=64, sequence_len=16, softcap=15.0
@@ -236,6 +239,115 @@ def test_the_user_is_told_when_every_checkpoint_is_damaged(rows: Rows, tmp_path:
     assert list(losses(reporter)) == list(range(STEPS))
 
 
+def replace_in_storage(checkpoint: Storage, name: str, data: bytes) -> None:
+    """Puts `data` in the place of a file, and has the manifest say so, as whoever can write to the storage can."""
+    checkpoint.write_bytes(name, data)
+    saved = manifest.read(checkpoint)
+    assert saved is not None
+    entry = FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
+    manifest.write(checkpoint, replace(saved, files=[entry if f.path == name else f for f in saved.files]))
+
+
+def of_another_model(checkpoint: Storage) -> None:
+    dcp.save({"model": {"x": torch.zeros(3)}}, checkpoint_id=checkpoint.uri)
+    for name in (".metadata", "__0_0.distcp"):
+        replace_in_storage(checkpoint, name, checkpoint.read_bytes(name))
+
+
+def of_no_tensors(checkpoint: Storage) -> None:
+    replace_in_storage(checkpoint, "__0_0.distcp", bytes(len(checkpoint.read_bytes("__0_0.distcp"))))
+
+
+def of_no_progress(checkpoint: Storage) -> None:
+    """The step is overwritten where it lies."""
+    shard, step = checkpoint.read_bytes("__0_0.distcp"), int(checkpoint.uri[-6:])
+    progress = struct.pack("<dd", step, math.inf)
+    assert shard.count(progress) == 1
+    replace_in_storage(checkpoint, "__0_0.distcp", shard.replace(progress, struct.pack("<dd", math.nan, math.inf)))
+
+
+def of_parts_that_are_not_all(checkpoint: Storage) -> None:
+    metadata = pickle.loads(checkpoint.read_bytes(".metadata"))
+    name = next(name for name in metadata.state_dict_metadata if name.startswith("model."))
+    metadata.state_dict_metadata[name].chunks.clear()
+    replace_in_storage(checkpoint, ".metadata", pickle.dumps(metadata))
+
+
+def with_half_a_record(checkpoint: Storage) -> None:
+    replace_in_storage(checkpoint, "metrics.jsonl", b'{"step": 1')
+
+
+def with_records_of_no_step(checkpoint: Storage) -> None:
+    replace_in_storage(checkpoint, "metrics.jsonl", b'[]\n"x"\n')
+
+
+def with_deep_records(checkpoint: Storage) -> None:
+    replace_in_storage(checkpoint, "metrics.jsonl", b"[" * 100_000)
+
+
+def with_binary_records(checkpoint: Storage) -> None:
+    replace_in_storage(checkpoint, "metrics.jsonl", b"\xff\xfe")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        of_another_model,
+        of_no_tensors,
+        of_no_progress,
+        of_parts_that_are_not_all,
+        with_half_a_record,
+        with_records_of_no_step,
+        with_deep_records,
+        with_binary_records,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_a_checkpoint_that_is_whole_but_does_not_fit_is_passed_over(
+    rows: Rows, tmp_path: Path, change: Callable[[Storage], None], uninterrupted: tuple[Any, Any]
+) -> None:
+    whole, record = uninterrupted
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", rows, stop_at=2 * STOP)
+    change(Storage(tmp_path / "broken").at(manifest.checkpoint_path(2 * STOP)))
+    resumed, record_of_both = run(tmp_path / "broken", rows, model=fresh_model(seed=9))
+    assert losses(record_of_both) == losses(record) and same_weights(resumed, whole)
+    [note] = [note for note in record_of_both.notes if "passed over" in note]
+    assert note.startswith("checkpoint 10 is passed over, training goes on from step 5")
+    assert manifest.checkpoint_path(2 * STOP) in note and "weights_only" not in note
+
+
+@pytest.mark.parametrize("data", [b"{", b"\xff\xfe", b"[" * 100_000, b'{"cursor": -1}'])
+def test_a_stage_file_that_is_none_is_passed_over(rows: Rows, tmp_path: Path, data: bytes) -> None:
+    context, model = stage(tmp_path / "run"), fresh_model()
+    optimizer = build_optimizer(model, CONFIG, "fp32", ALONE)
+    checkpoints = Checkpoints(context, ALONE, tmp_path / "scratch", Reporter(context.storage, STEPS), 2)
+    drawn = {"cursor": 8, "pending": False, "positions": [1], "sampled": []}
+    for step in (1, 2):
+        checkpoints.save(Progress(step=step), model, optimizer, drawn)
+    checkpoints.wait()
+    replace_in_storage(context.storage.at(manifest.checkpoint_path(2)), "stage-00000.json", data)
+    reporter = Reporter(context.storage, STEPS)
+    again = Checkpoints(context, ALONE, tmp_path / "scratch", reporter, 2)
+    assert again.restore(model, optimizer, Drawn.model_validate).step == 1 and again.stage_state == [drawn]
+    assert [note.split(":")[0] for note in reporter.notes] == [
+        "checkpoint 2 is passed over, training goes on from step 1"
+    ]
+
+
+def test_weights_that_a_checkpoint_spoiled_are_not_trained(rows: Rows, tmp_path: Path) -> None:
+    """Where none before it is left, the stage ends, and the next start begins with weights of its own."""
+    whole, record = run(tmp_path / "whole", rows)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run(tmp_path / "run", rows, stop_at=STOP)
+        of_no_progress(Storage(tmp_path / "run").at(manifest.checkpoint_path(STOP)))
+        with pytest.raises(StorageError, match="run the same command again, which begins at step 0"):
+            run(tmp_path / "run", rows, model=fresh_model(seed=9))
+    again, record_again = run(tmp_path / "run", rows)
+    assert losses(record_again) == losses(record) and same_weights(again, whole)
+
+
 def test_what_another_attempt_left_in_the_cache_is_not_read(rows: Rows, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(tmp_path / "run", rows, stop_at=STOP)
@@ -246,15 +358,6 @@ def test_what_another_attempt_left_in_the_cache_is_not_read(rows: Rows, tmp_path
     checkpoints = Checkpoints(stage(tmp_path / "run"), ALONE, tmp_path / "scratch", reporter, config.keep_last)
     assert checkpoints.restore(model, build_optimizer(model, config, "fp32", ALONE)).step == STOP
     assert checkpoints.stage_state == []
-
-
-def replace_in_storage(checkpoint: Storage, name: str, data: bytes) -> None:
-    """Puts `data` in the place of a file, and has the manifest say so, as whoever can write to the storage can."""
-    checkpoint.write_bytes(name, data)
-    saved = manifest.read(checkpoint)
-    assert saved is not None
-    entry = FileEntry(name, len(data), hashlib.sha256(data).hexdigest())
-    manifest.write(checkpoint, replace(saved, files=[entry if f.path == name else f for f in saved.files]))
 
 
 METADATA_MODULE = "torch.distributed.checkpoint.metadata"

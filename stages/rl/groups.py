@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from corpus.conversation import render_prompt
@@ -48,6 +49,15 @@ def problems_at(count: int, seed: int, positions: Sequence[int]) -> list[int]:
 def rewards_of(groups: list[Group], samples: int) -> Tensor:
     """(groups, samples), also of none."""
     return torch.tensor([group.grades["reward"] for group in groups]).view(-1, samples)
+
+
+class Drawn(BaseModel):
+    """What a rank keeps of `Groups` in a checkpoint: the cursor, and what it has sampled but not taken."""
+
+    cursor: Annotated[int, Field(strict=True, ge=0)]
+    pending: Annotated[bool, Field(strict=True)]
+    positions: list[Annotated[int, Field(strict=True, ge=0)]]
+    sampled: list[list[Completion]]
 
 
 class Groups:
@@ -179,7 +189,7 @@ class Groups:
             )
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint, after `wait`: the cursor, and what this rank has sampled but not taken."""
+        """For the checkpoint, after `wait`: a `Drawn` as JSON has it."""
         sampled = [[asdict(c) for c in group] for group in self._sampled]
         return {"cursor": self.cursor, "pending": self.pending, "positions": self._positions, "sampled": sampled}
 

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import shutil
 import time
 import warnings
@@ -218,7 +219,9 @@ def _load(place: Storage, state: dict[str, Any], reader: CheckpointReader) -> No
         for cause in causes:
             if isinstance(cause, (OSError, MemoryError, torch.OutOfMemoryError)) or not isinstance(cause, Exception):
                 raise cause from failed
-        raise DamagedError(f"{place.uri} could not be loaded: {_line(causes[0])}") from failed
+        # the words of torch would advise to let it run code
+        why = "no tensor" if isinstance(causes[0], pickle.UnpicklingError) else _line(causes[0])
+        raise DamagedError(f"{place.uri} could not be loaded, its files hold something else: {why}") from failed
 
 
 def _progress(place: Storage, values: Tensor, step: int) -> Progress:
