@@ -433,7 +433,7 @@ def as_names(value: Any) -> Any:
 def as_trackers(value: Any) -> tuple[str, ...]:
     """The trackers of "wandb", "wandb,tensorboard", "both" or "none"; raises ValueError that names what is nearest."""
     names = as_names(value)
-    if not isinstance(names, list | tuple):
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"must be one or more of {', '.join(TRACKERS)}, both or {NONE}")
     known = [*TRACKERS, "both", NONE]
     for name in names:

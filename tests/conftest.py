@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ for stage in ("base", "mid", "sft"):
 def flags(settings: dict[str, object]) -> list[str]:
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
+
+# A shell ignores SIGINT for what it runs in the background, and commands that are interrupted here would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TRACKED = ["--track", "both", *flags({"tracking.mode": "offline"})]
 

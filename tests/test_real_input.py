@@ -25,7 +25,7 @@ SETTINGS = {
     "rl.prompts_per_step": 4,
     "rl.samples_per_prompt": 2,
     "rl.signal_prompts": 4,
-    "rl.max_new_tokens": 64,
+    "rl.max_new_tokens": 1,  # no room for an answer, so that none is right by luck
     "evaluate.problems": 4,
     "evaluate.samples": 2,
     "evaluate.max_new_tokens": 64,

@@ -129,23 +129,27 @@ def test_history_is_the_record(kind: str, tmp_path: Path) -> None:
 
 @KINDS
 def test_killed_between_records_it_goes_on_without_one_missing_or_twice(kind: str, tmp_path: Path) -> None:
-    records = some(4000)
-    keep(tmp_path, "base", records[:3000], 2970)
-    reached, ends = 0, []
-    for _ in range(4):
-        with following(tmp_path, kind) as process:
-            until(lambda: len(shown(kind, tmp_path / "shown")) > reached or process.poll() is not None)  # noqa: B023
-            process.kill()
-        assert process.returncode == -signal.SIGKILL
-        until(lambda: not alive_below(tmp_path))
-        reached = len(shown(kind, tmp_path / "shown"))
-        ends.append(reached)
-        if reached == 3000:
-            break
-    assert 0 < ends[0] < 3000, "it was not killed between two records"
-    keep(tmp_path, "base", records)
-    feed(tmp_path, kind)
-    assert plain(shown(kind, tmp_path / "shown")) == plain(records)
+    """Where this process, on a busy machine, was late for the kill, all begins anew."""
+    records, ends = some(4000), list[int]()
+    for place in (tmp_path / str(attempt) for attempt in range(10)):
+        keep(place, "base", records[:3000], 2970)
+        reached, ends = 0, []
+        for _ in range(4):
+            with following(place, kind) as process:
+                until(lambda: len(shown(kind, place / "shown")) > reached or process.poll() is not None)  # noqa: B023
+                process.kill()
+            assert process.returncode == -signal.SIGKILL
+            until(lambda: not alive_below(place))  # noqa: B023
+            reached = len(shown(kind, place / "shown"))
+            ends.append(reached)
+            if reached == 3000:
+                break
+        keep(place, "base", records)
+        feed(place, kind)
+        assert plain(shown(kind, place / "shown")) == plain(records)
+        if 0 < ends[0] < 3000:
+            return
+    raise AssertionError("it was never killed between two records")
 
 
 def alive_below(storage: Path) -> bool:
