@@ -150,7 +150,7 @@ def test_the_live_table_leaves_out_columns_rather_than_parts_of_figures(store: R
 
 def test_what_ingest_counted_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(NARROW))
-    lengths = {str(1 << i): 1_000_000 * i for i in range(4, 20)}
+    lengths = {1 << i: 1_000_000 * i for i in range(4, 20)}
     reasons = {"empty": 123_456, "duplicates": 654_321, "not_utf8": 1_000}
     counts = {"read": 2_000_000, "kept": 1_221_223, "left_out": reasons}
     stats = {"documents": 12, "cropped_share": 0.01, "tokens_below": lengths, "read": {"mid.smoltalk": counts}}

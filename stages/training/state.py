@@ -271,8 +271,12 @@ class Checkpoints:
         """
         storage, values = self.context.storage, Progress().tensor()
         state = {"model": weights_of(model), "optimizer": optimizer.state_dict(), "progress": values}
-        there = {_step(path) for path in storage.list(manifest.CHECKPOINTS)} if self.world.rank == 0 else set()
-        steps: list[int] = self.world.first([step for step, _ in manifest.checkpoints(storage)])
+        there, steps = self._first(
+            lambda: (
+                {_step(path) for path in storage.list(manifest.CHECKPOINTS)},
+                [step for step, _ in manifest.checkpoints(storage)],
+            )
+        )
         removed, doubtful, spoiled = there - {*steps}, set[int](), False
         found, progress = None, Progress()
         while steps and not found:
@@ -344,10 +348,16 @@ class Checkpoints:
     def _open(self, step: int, bring: Callable[[Storage, Manifest], T]) -> T:
         """What `bring` gives of a checkpoint, once it has on every rank. Raises as `_together` does."""
         place = self.context.storage.at(manifest.checkpoint_path(step))
-        saved, fault = self.world.first(_attempt(lambda: _whole(place)) if self.world.rank == 0 else (None, None))
+        saved = self._first(lambda: _whole(place))
+        return self._together(lambda: bring(place, saved))
+
+    def _first(self, function: Callable[[], T]) -> T:
+        """What `function` gives on the first rank, which alone calls it, on every rank. Raises on all what it raised
+        there, as `_together` does."""
+        found, fault = self.world.first(_attempt(function) if self.world.rank == 0 else (None, None))
         if fault is not None:
             raise _error(fault)
-        return self._together(lambda: bring(place, saved))
+        return cast(T, found)
 
     def _together(self, function: Callable[[], T]) -> T:
         """What `function` gives here, once it has on every rank. Raises DamagedError on all ranks where one found
