@@ -61,6 +61,10 @@ CREDENTIALS = re.compile(
 
 EMPTY = "is empty: is a shell variable unset that should have held it? Give it a value, or leave it out"
 
+# What is left of a place where the shell variable within it is unset, such as hub:, s3:// and s3://?scheme=http.
+NOWHERE = re.compile(r"(?:hub:|[a-z][a-z0-9+.-]*://)\s*(?:[:?].*)?", re.IGNORECASE)
+ONE_SLASH = re.compile(r"(s3|gs|gcs|hf|https?):/(?!/)", re.IGNORECASE)
+
 Value = TypeVar("Value")
 log = logging.getLogger(__name__)
 
@@ -99,6 +103,15 @@ class FileEntry:
 
 
 FileEntries = list[FileEntry]  # named here because Storage has a method called list
+
+
+def refuse_nowhere(place: str) -> None:
+    """Raises ValueError for a place that names none, and might be taken for a folder here or for all that there is."""
+    refuse_credentials(place)  # which are not to be repeated
+    if NOWHERE.fullmatch(place.strip()):
+        raise ValueError(f"the place {place!r} {EMPTY}")
+    if wrong := ONE_SLASH.match(place):
+        raise ValueError(f"the place {place!r} is no URI: write {wrong[1]}://")
 
 
 def refuse_credentials(text: str) -> None:
@@ -230,7 +243,7 @@ class Storage:
         text = str(uri).removeprefix("file://")
         if not text.strip():
             raise StorageError(f"the name of the storage {EMPTY}")
-        refuse_credentials(text)
+        refuse_nowhere(text)
         # Absolute, because a Ray worker runs in another directory than the driver.
         object.__setattr__(self, "uri", text if "://" in text else os.path.abspath(os.path.expanduser(text)))
         object.__setattr__(self, "run", run)

@@ -96,7 +96,8 @@ class Rows:
     that every target counts.
 
     `fetch(name)` makes a file of the directory available and returns its path; unset: they are there. `index()` returns
-    what is listed by now, for rows that are still being made: `step_rows` then waits for those it needs.
+    what is listed by now, for rows that are still being made: `step_rows` then waits for those it needs. With
+    `vocab_size`, `read` raises ValueError for ids beyond it.
     """
 
     def __init__(
@@ -104,7 +105,9 @@ class Rows:
         directory: Path,
         fetch: Callable[[str], Path] | None = None,
         index: Callable[[], Index] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
+        self._directory, self._vocab_size = directory, vocab_size
         self._fetch = fetch or directory.joinpath
         self._index = index or (lambda: read_index(self._fetch(ROWS_FILE)))
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="rows")
@@ -139,6 +142,8 @@ class Rows:
             ids[at] = self._open(int(file), ".tokens", self._dtype)[rows]
             if mask is not None:
                 mask[at] = self._open(int(file), ".mask", "u1")[rows]
+        if self._vocab_size is not None:  # a GPU would end in an assertion of its own
+            check_ids(ids, self._vocab_size, str(self._directory))
         return ids, mask
 
     def step_rows(self, seed: int, step: int, rows_per_step: int) -> np.ndarray:

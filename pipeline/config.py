@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from cluster.storage import EMPTY, Storage, refuse_credentials
+from cluster.storage import EMPTY, Storage, refuse_credentials, refuse_nowhere
 from corpus.sources import CORPORA, SYNTHETIC
 from corpus.sources import characters as measured
 from models.spec import Family
@@ -282,7 +282,12 @@ def default_storage() -> str:
 
 
 def absolute(place: str) -> str:
-    """A local path made absolute, as stages run in other directories than the driver; anything else as it is."""
+    """A local path made absolute, as stages run in other directories than the driver; anything else as it is. Raises
+    ConfigError for what names no place."""
+    try:
+        refuse_nowhere(place)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     named = place in ("", NONE, SYNTHETIC) or place in CORPORA or "://" in place or place.startswith("hub:")
     return place if named else os.path.abspath(os.path.expanduser(place))
 

@@ -46,10 +46,12 @@ from pipeline.status import run_states
 from pipeline.terminal import Terminal, say
 from pipeline.track import asked, check_installed, tracked
 from pipeline.tracking import LiveView, final_table, plan_table
+from stages.config import EngineConfig, TrainConfig
 from stages.context import PROGRESS, STOP, TRACEBACK
 
 log = logging.getLogger(__name__)
 CLAIM_CHECK_SECONDS = 2.0
+ON_GPUS = ("fa4", "fa3", "fa2", "cudnn", "flex")  # backends of attention
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention on a CPU
 
 
@@ -93,6 +95,11 @@ def main(argv: list[str] | None = None) -> int:
         if to_do:
             check_inputs(config, to_do)
             say(console, "\n" + outlook(config, to_do))
+            if not os.environ.get("RAY_ADDRESS"):
+                try:  # it may be meant for another machine
+                    check_workers(config, os.cpu_count() or 1, "CPU cores", "machine")
+                except StageError as error:
+                    say(console, f"! {error}")
         return 0
     if not store.storage.exists():  # a first attempt whose input cannot serve leaves nothing behind
         check_here(config, [name for name in selected if name not in reused])
@@ -150,6 +157,7 @@ def execute(
     there, what = (devices.gpus, "GPUs") if devices.kind == "cuda" else (devices.cpus, "CPU cores")
     check_workers(config, there, what, "cluster")
     check_heads(config, devices.kind, to_do)
+    check_device(config, devices.kind, to_do)
     for name in TRAINING:
         store.stage(name).delete(STOP)
     diary = Diary(store.storage, list(arguments), actions(planned), described(devices))
@@ -278,6 +286,19 @@ def check_heads(config: Config, kind: str, names: list[str]) -> None:
             f"{', '.join(map(str, CPU_HEAD_SIZES))}: choose another depth or model.heads, sample with "
             "--set rl.engine=torch --set evaluate.engine=torch, or only train with --until base or --gsm8k none"
         )
+
+
+def check_device(config: Config, kind: str, names: list[str]) -> None:
+    """Raises StageError for what a training stage of these asks of GPUs where there are none: it would say so itself,
+    but only once the stages before it are done."""
+    for name in names if kind == "cpu" else ():
+        section = getattr(config, name, None)
+        if isinstance(section, TrainConfig) and section.precision == "fp8":
+            raise StageError(f"{name}.precision=fp8 needs a GPU that has it, and there is none here: leave it out")
+        if isinstance(section, EngineConfig) and section.cuda_graphs:
+            raise StageError(f"{name}.cuda_graphs=true needs a GPU, and there is none here: leave it out")
+        if isinstance(section, EngineConfig) and section.attention in ON_GPUS:
+            raise StageError(f"{name}.attention={section.attention} needs a GPU, and there is none here: leave it out")
 
 
 @contextmanager

@@ -124,6 +124,9 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             a_row_each = most if fewest == most else 1
             train["total_batch_size"] = max(a_row_each, tokens // length) * length
         train["schedule"] = train["schedule"] or ("wsd" if shape.family == "depth" else "cosine")
+        filled[stage] = train
+        if stage != "base" and not data[stage]:  # it has nothing to learn from, and will not run
+            continue
         rows = rows_per_rank(train["total_batch_size"], length, most if fewest == most else 1, stage)
         if "device_batch_size" not in given.get(stage, {}):
             largest = min(rows if fewest == most else max(1, rows // most), train["device_batch_size"])
@@ -132,7 +135,6 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             grad_accum_steps(train["total_batch_size"], length, train["device_batch_size"], most, stage)
         elif rows < most:
             raise DivisionError(f"{stage}.total_batch_size is {rows} rows, too few for --workers {fewest}:{most}")
-        filled[stage] = train
     base = filled["base"]
     if base["steps"] is None and base["hours"] is None and base["budget_usd"] is None:
         base["steps"] = max(1, (base["tokens"] or wanted) // base["total_batch_size"])

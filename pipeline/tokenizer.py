@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import manifest as manifests
-from corpus.rows import Rows, check_ids
+from corpus.rows import Rows
 from corpus.tokenizers import Tokenizer
 from pipeline.artifacts import RunStore
 from pipeline.config import add_storage_flag
@@ -34,9 +34,8 @@ def samples() -> dict[str, list[str]]:
 
 def held_out(store: RunStore, tokenizer: Tokenizer) -> list[str]:
     """Documents from the first held-out rows of the run's own corpus, as far as those rows hold them."""
-    rows = Rows(manifests.fetch(store.stage("ingest"), "base/val"))
+    rows = Rows(manifests.fetch(store.stage("ingest"), "base/val"), vocab_size=tokenizer.vocab_size)
     ids, _ = rows.read(np.arange(min(HELD_OUT_ROWS, rows.num_rows)))
-    check_ids(ids, tokenizer.vocab_size, f"base/val of run {store.run}")
     documents = (document for row in ids for document in np.split(row, np.flatnonzero(row == tokenizer.bos)))
     texts = (tokenizer.decode(document[document != tokenizer.bos].tolist()) for document in documents)
     return [text for text in texts if text]

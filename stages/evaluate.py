@@ -14,7 +14,7 @@ import torch
 from cluster.resources import Devices, resources
 from corpus.conversation import render_prompt
 from corpus.rows import Rows
-from corpus.tokenizers import Tokenizer
+from corpus.tokenizers import Tokenizer, UnknownCharacterError, lacking
 from corpus.utf8 import valid
 from models.generate import Completion
 from models.hf import from_pretrained, read_spec
@@ -101,8 +101,14 @@ def with_room(
     say: Callable[[str], None],
 ) -> list[Problem]:
     """Those whose prompt leaves room for an answer in a context of `sequence_len` tokens: the others could only be
-    sampled as empty, and would count as wrong. `say` is told how many these are; ValueError when none is left."""
-    lengths = [len(render_prompt(environment.render(problem), tokenizer)) for problem in problems]
+    sampled as empty, and would count as wrong. `say` is told how many these are; ValueError when none is left, or for
+    a character that the tokenizer lacks."""
+    lengths = []
+    for number, problem in enumerate(problems, 1):
+        try:
+            lengths.append(len(render_prompt(environment.render(problem), tokenizer)))
+        except UnknownCharacterError as error:
+            raise ValueError(lacking(tokenizer.alphabet, {error.character: f"problem {number:,}"})) from error
     kept = [problem for problem, length in zip(problems, lengths, strict=True) if length < sequence_len]
     if len(kept) < len(problems):
         room = f"room for an answer in a context of {sequence_len} tokens (the shortest prompt has {min(lengths)})"
@@ -120,9 +126,9 @@ def measure_text(context: StageContext, source: str, devices: Devices) -> dict[s
     torch.set_num_threads(devices.threads(1))
     world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), devices.threads(1))
     model = from_pretrained(context.fetch(source)).to(world.device)
-    rows = open_rows(context, f"{source}/val")
-    token_bytes = np.load(context.fetch("tokenizer") / "token_bytes.npy")
-    figures = bits_per_byte(model, rows, token_bytes, world, "auto", rows.num_rows)
+    tokenizer = Tokenizer.load(context.fetch("tokenizer"))
+    rows = open_rows(context, f"{source}/val", tokenizer.vocab_size)
+    figures = bits_per_byte(model, rows, tokenizer.token_bytes, world, "auto", rows.num_rows)
     return {f"{name}_full": figure for name, figure in zip(VALIDATED[source], figures, strict=False)}
 
 

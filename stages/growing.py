@@ -114,9 +114,10 @@ def holder_of(part: str) -> str:
     return "ingest" if part.startswith("base/") else "conversations"
 
 
-def open_rows(context: StageContext, part: str) -> Rows:
+def open_rows(context: StageContext, part: str, vocab_size: int | None = None) -> Rows:
     """The rows of "<stage>/<split>" wherever ingest left them, or is leaving them; every file's hash is checked when it
-    is first read. Raises RuntimeError once ingest has failed, StorageError where there are none."""
+    is first read, and every id where `vocab_size` is given. Raises RuntimeError once ingest has failed, StorageError
+    where there are none."""
     ingest = context.upstream[holder_of(part)]
     made = manifest.read(ingest)
     digest = context.upstream_digests.get("ingest:base", "")
@@ -134,9 +135,9 @@ def open_rows(context: StageContext, part: str) -> Rows:
 
     if made is not None:
         _same_sources(context, made.stats.get("sources"))
-        return Rows(root / part, fetch)
+        return Rows(root / part, fetch, vocab_size=vocab_size)
     states = _states(context, made_from, part, entries)
-    return Rows(root / part, fetch, lambda: next(states))
+    return Rows(root / part, fetch, lambda: next(states), vocab_size)
 
 
 def _states(context: StageContext, made_from: str, part: str, entries: dict[str, FileEntry]) -> Iterator[Index]:

@@ -59,8 +59,9 @@ def work(arguments: dict[str, Any]) -> None:
     seed: int = arguments["seed"]
     world = World.current(arguments["devices"].cpus)
     tokenizer = Tokenizer.load(context.fetch("tokenizer"))
-    rows = open_rows(context, f"{context.stage}/train")
-    held_out = open_rows(context, f"{context.stage}/val")
+    rows, held_out = (
+        open_rows(context, f"{context.stage}/{split}", tokenizer.vocab_size) for split in ("train", "val")
+    )
     device = initial_device(config, world)
     model = initial_model(context, arguments["shape"], tokenizer.vocab_size, seed, device)
     schedule = schedule_of(config, rows, world)

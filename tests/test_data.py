@@ -36,7 +36,8 @@ from pipeline import cli, data
 from pipeline.artifacts import RunStore
 from pipeline.config import load_config
 from pipeline.terminal import plain
-from stages.growing import PLAN, note_path
+from stages.context import StageContext
+from stages.growing import PLAN, note_path, open_rows
 
 ROW_LEN = 65
 TEXTS = ["The quick brown fox.\nIt jumps.", "A lazy dog sleeps.", "Twice is <|bos|> spelled in text. " * 5]
@@ -220,7 +221,12 @@ def test_ids_beyond_the_vocabulary_are_one_message(
     code, _, err = command("inspect")
     assert code == 1 and err == f"fathom data: row 0 {said}"
     assert cli.main(["tokenizer", "r", "--storage", str(Path(store.storage.uri).parent)]) == 1
-    assert capsys.readouterr().err == f"fathom tokenizer: base/val of run r {said}"
+    held_out = f"{store.stage('ingest').uri}/base/val"
+    assert capsys.readouterr().err == f"fathom tokenizer: {held_out} {said}"
+    context = StageContext("r", "base", store.stage("base"), {"ingest": store.stage("ingest")}, {}, {})
+    for part in ("base/train", "base/val"):  # as training reads them, on GPUs too, which would end in an assertion
+        with pytest.raises(ValueError, match=f"{part} holds the id 65535, and the vocabulary is 300"):
+            open_rows(context, part, 300).read(np.arange(1))
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,11 @@ def test_no_or_unknown_command_prints_the_commands(argv: list[str], capsys: pyte
         (["doctor", "--storage", ""], "what follows --storage "),
         (["status", ""], "what follows status "),
         (["run", "--set", "data.corpus="], "--set data.corpus=: the value "),
+        *[(["run", flag, "hub:"], "the place 'hub:' ") for flag in ("--corpus", "--chat", "--gsm8k", "--eval-data")],
+        *[(["run", flag, "s3://"], "the place 's3://' ") for flag in ("--corpus", "--storage", "--eval-data")],
+        (["run", "--corpus", "hub::train"], "the place 'hub::train' "),
+        (["run", "--set", "data.mid.own.source=gs://"], "the place 'gs://' "),
+        (["status", "r", "--storage", "s3://?scheme=http"], "the place 's3://?scheme=http' "),
     ],
 )
 def test_an_argument_without_a_value_is_refused(
@@ -112,6 +117,12 @@ def test_an_argument_without_a_value_is_refused(
     assert cli.main(argv) == 1
     assert capsys.readouterr().err.startswith(f"fathom {argv[0]}: {named}is empty: is a shell variable unset")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--storage", "--corpus"])
+def test_a_uri_with_one_slash_is_no_folder_here(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", flag, "s3:/bucket/x"]) == 1
+    assert capsys.readouterr().err == "fathom run: the place 's3:/bucket/x' is no URI: write s3://\n"
 
 
 def test_a_users_error_is_one_line_unless_debugging(

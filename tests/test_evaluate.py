@@ -22,6 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.resources import Devices
 from corpus.conversation import render_prompt
 from corpus.synthetic import Split
 from corpus.tokenizers import Tokenizer
@@ -31,7 +32,10 @@ from models.spec import ModelSpec
 from stages import report
 from stages.config import EvaluateConfig
 from stages.evaluate import graded, measure, with_room
+from stages.evaluation.stage import samples
+from stages.evaluation.text import Ours
 from stages.training.parallel import World
+from stages.training.state import export
 from tasks.arithmetic import Arithmetic
 from tasks.base import NumberProblems, Problem, Tool
 from tasks.estimates import interval, maj_at_k, pass_at_k
@@ -217,6 +221,24 @@ def test_a_problem_is_left_out_where_its_prompt_leaves_no_room_and_the_user_is_t
     assert [text.split(",")[0] for text in told] == [f"{left_out} of {len(problems)} problems are left out"] * (
         left_out > 0
     )
+
+
+def test_a_problem_that_chars_cannot_write_is_named_with_what_to_do() -> None:
+    tokenizer, problems = Tokenizer.open("chars", "n"), [Problem("n", "1"), Problem("né", "1")]
+    with pytest.raises(ValueError, match=r"lacks 'é' .* in problem 2: take another --tokenizer"):
+        with_room(NumberProblems(), problems, tokenizer, 99, print)  # type: ignore[arg-type]
+
+
+def test_what_chars_cannot_write_is_left_out_and_ends_nothing(tmp_path: Path) -> None:
+    """A prompt of the samples after base, and a result of the calculator."""
+    tokenizer = Tokenizer.open("chars", "0123456789/abcdefghijklmnopqrstuvwxyz ")
+    model = build(ModelSpec("depth", 1, 32, 2, 2, 64, tokenizer.vocab_size, sequence_len=32, softcap=15.0))
+    model.init_weights(0)
+    export(model, tokenizer, tmp_path)
+    assert [said["prompt"] for said in samples(tmp_path, Devices("cpu", 0, 1))] == [""]
+    answer = Ours(tokenizer).turns(NumberProblems.tools).answer
+    assert tokenizer.decode(answer(tokenizer.encode("12/4"))) == "<|output_start|>3<|output_end|>"
+    assert answer(tokenizer.encode("1/3")) == []
 
 
 def test_what_was_cut_off_earns_nothing_and_does_not_vote() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +16,9 @@ from runs import fathom, one_clear_message
 from pipeline import cli
 from pipeline.artifacts import RunStore
 from pipeline.config import ConfigError, identity_of, load_config, size_before
+from pipeline.dag import StageError
 from pipeline.preflight import check_inputs, proportions
+from pipeline.run import check_device
 
 PRETRAINING = ("tokenizer", "ingest", "base", "evaluate_base")
 
@@ -66,6 +69,28 @@ def test_an_input_that_is_not_there_is_named_by_its_flag_before_ray_starts(
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and re.search(said, errors), errors
     assert not storage.exists(), "a run that is none would be listed, and drift"
+
+
+def test_workers_that_are_not_there_are_told_by_a_dry_run(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what does not run need not divide among them: without conversations that is mid and SFT."""
+    many = 2 * (os.cpu_count() or 1) + 1
+    given = ["--depth", "2", "--corpus", str(corpus), "--chat", "none", "--gsm8k", "none", "--workers", str(many)]
+    assert cli.main(["run", *given, "--storage", str(tmp_path), "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"! --workers {many} needs as many CPU cores; this machine has {os.cpu_count()}: add --workers" in said
+    with pytest.raises(ConfigError, match=r"mid\.total_batch_size = 524288 does not divide"):
+        load_config(None, {"data": {"corpus": str(corpus), "gsm8k": "none"}, "model": {"depth": 2}, "workers": 3})
+
+
+@pytest.mark.parametrize("setting", ["base.precision=fp8", "mid.cuda_graphs=true", "rl.attention=fa3"])
+def test_what_needs_a_gpu_is_refused_without_one_before_any_stage(setting: str) -> None:
+    config, name = load_config("demo", None, [setting]), setting.partition(".")[0]
+    with pytest.raises(StageError, match=rf"^{setting} needs a GPU.*there is none here: leave it out"):
+        check_device(config, "cpu", ["ingest", name])
+    check_device(config, "cuda", ["ingest", name])
+    check_device(config, "cpu", ["ingest", f"evaluate_{name}"])
 
 
 def test_what_is_made_or_lies_elsewhere_is_not_looked_at() -> None:

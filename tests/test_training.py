@@ -32,11 +32,11 @@ from corpus.rows import Rows, RowWriter
 from models.build import build
 from models.layers import LanguageModel
 from models.spec import ModelSpec
-from stages.config import TrainConfig
+from stages.config import RLConfig, TrainConfig
 from stages.context import STOP as STOP_FILE
 from stages.context import StageContext, Stopped
 from stages.evaluate import bits_per_byte
-from stages.rl.groups import Drawn
+from stages.rl.groups import check_drawn
 from stages.training.loop import accumulate_gradients, train
 from stages.training.metrics import Reporter
 from stages.training.optimizer import build_optimizer, group_weights
@@ -317,19 +317,52 @@ def test_a_checkpoint_that_is_whole_but_does_not_fit_is_passed_over(
     assert manifest.checkpoint_path(2 * STOP) in note and "weights_only" not in note
 
 
-@pytest.mark.parametrize("data", [b"{", b"\xff\xfe", b"[" * 100_000, b'{"cursor": -1}'])
-def test_a_stage_file_that_is_none_is_passed_over(rows: Rows, tmp_path: Path, data: bytes) -> None:
+ANSWER = {"tokens": [1, 2], "sampled": [1, 1], "logprobs": [-1.0, -2.0]}
+DRAWN = {"cursor": 8, "pending": True, "positions": [6, 7], "sampled": [[ANSWER, ANSWER]] * 2}
+
+
+def drawn_with(**other: Any) -> bytes:
+    return json.dumps(DRAWN | other).encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"{",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"cursor": -1}',
+        drawn_with(positions=[7]),
+        drawn_with(positions=[7, 6]),
+        drawn_with(positions=[5, 6]),
+        drawn_with(sampled=[[ANSWER, ANSWER]]),
+        drawn_with(sampled=[[ANSWER, ANSWER], [ANSWER]]),
+        drawn_with(pending=False),
+        drawn_with(sampled=[[ANSWER, ANSWER | {"logprobs": [-1.0]}]] * 2),
+        drawn_with(sampled=[[ANSWER, ANSWER | {"tokens": [1, SPEC.vocab_size]}]] * 2),
+        None,
+    ],
+)
+def test_a_stage_file_that_is_none_is_passed_over(rows: Rows, tmp_path: Path, data: bytes | None) -> None:
+    """Else it would end the stage, or have it draw other prompts than a run that was not interrupted."""
     context, model = stage(tmp_path / "run"), fresh_model()
     optimizer = build_optimizer(model, CONFIG, "fp32", ALONE)
     checkpoints = Checkpoints(context, ALONE, tmp_path / "scratch", Reporter(context.storage, STEPS), 2)
-    drawn = {"cursor": 8, "pending": False, "positions": [1], "sampled": []}
     for step in (1, 2):
-        checkpoints.save(Progress(step=step), model, optimizer, drawn)
+        checkpoints.save(Progress(step=step), model, optimizer, DRAWN)
     checkpoints.wait()
-    replace_in_storage(context.storage.at(manifest.checkpoint_path(2)), "stage-00000.json", data)
+    newest = context.storage.at(manifest.checkpoint_path(2))
+    if data is None:
+        saved = manifest.read(newest)
+        assert saved is not None
+        manifest.write(newest, replace(saved, files=[f for f in saved.files if not f.path.startswith("stage-")]))
+    else:
+        replace_in_storage(newest, "stage-00000.json", data)
     reporter = Reporter(context.storage, STEPS)
     again = Checkpoints(context, ALONE, tmp_path / "scratch", reporter, 2)
-    assert again.restore(model, optimizer, Drawn.model_validate).step == 1 and again.stage_state == [drawn]
+    settings = RLConfig(prompts_per_step=2, samples_per_prompt=2)
+    progress = again.restore(model, optimizer, lambda states: check_drawn(states, settings, SPEC.vocab_size))
+    assert progress.step == 1 and again.stage_state == [DRAWN]
     assert [note.split(":")[0] for note in reporter.notes] == [
         "checkpoint 2 is passed over, training goes on from step 1"
     ]

@@ -15,7 +15,7 @@ import torch
 
 from cluster import manifest
 from cluster.resources import Devices, resources
-from corpus.tokenizers import DOCUMENT_ENDS, Tokenizer
+from corpus.tokenizers import DOCUMENT_ENDS, Tokenizer, UnknownCharacterError
 from models.generate import Turns, generate
 from models.hf import from_pretrained, read_spec
 from stages import report
@@ -203,17 +203,21 @@ def told(found: Summary, limit: int | None) -> list[str]:
 
 
 def samples(directory: Path, devices: Devices) -> list[dict[str, Any]]:
-    """How the model goes on from PROMPTS, taking the likeliest token every time."""
+    """How the model goes on from those of PROMPTS that its tokenizer can write, taking the likeliest token every
+    time."""
     torch.set_num_threads(devices.threads(1))
     model = from_pretrained(directory).to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Tokenizer.load(directory)
     room = read_spec(directory).sequence_len - 1
-    prompts = [[tokenizer.bos, *tokenizer.encode(prompt)][:room] for prompt in PROMPTS]
+    prompts: dict[str, list[int]] = {}
+    for prompt in PROMPTS:
+        with contextlib.suppress(UnknownCharacterError):  # `chars` knows those of the corpus
+            prompts[prompt] = [tokenizer.bos, *tokenizer.encode(prompt)][:room]
     turns = Turns((tokenizer.special(DOCUMENT_ENDS[0]),), None, lambda _: [])
     seeds = [(i,) for i in range(len(prompts))]
-    groups = generate(model, turns, prompts, seeds, 1, SAMPLE_TOKENS, greedy=True)
+    groups = generate(model, turns, [*prompts.values()], seeds, 1, SAMPLE_TOKENS, greedy=True)
     texts = [tokenizer.decode(completion.tokens) for (completion,) in groups]
-    return [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, texts, strict=True)]
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:

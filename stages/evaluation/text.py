@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from corpus.conversation import render_prompt
-from corpus.tokenizers import ANSWER_ENDS, META_FILE, Tokenizer
+from corpus.tokenizers import ANSWER_ENDS, META_FILE, Tokenizer, UnknownCharacterError
 from models.generate import Turns
 from tasks.base import Tool
 from tasks.ranking import Text
@@ -54,7 +54,10 @@ class Ours:
             result = tool(self.decode(call)) if tool else None
             if result is None:  # nothing that the tool understands; the model goes on without a result
                 return []
-            return [special("<|output_start|>"), *self.encode(result), special("<|output_end|>")]
+            try:
+                return [special("<|output_start|>"), *self.encode(result), special("<|output_end|>")]
+            except UnknownCharacterError:  # `chars` may lack the point of 1/3, which is as good as no result
+                return []
 
         call = (special("<|python_start|>"), special("<|python_end|>")) if tool else None
         return Turns((special(ANSWER_ENDS[0]),), call, answer)

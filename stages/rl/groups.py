@@ -60,6 +60,25 @@ class Drawn(BaseModel):
     sampled: list[list[Completion]]
 
 
+def check_drawn(states: list[Any], config: RLConfig, vocab_size: int) -> None:
+    """Raises ValueError where `states` are not what all ranks have of `Groups` by the end of a step."""
+    ranks = [Drawn.model_validate(state) for state in states]
+    if len({(rank.cursor, rank.pending) for rank in ranks}) != 1:
+        raise ValueError("it does not say which prompts were drawn, or more than once")
+    groups = [group for rank in ranks for group in rank.sampled]
+    positions = [position for rank in ranks for position in rank.positions]
+    first, end = ranks[0].cursor - config.prompts_per_step, ranks[0].cursor
+    if ranks[0].pending and positions != [*range(first, end)]:
+        raise ValueError(f"it does not have the prompts {first} to {end - 1}, which were drawn")
+    if any(len(rank.sampled) != (len(rank.positions) if rank.pending else 0) for rank in ranks) or any(
+        len(group) != config.samples_per_prompt for group in groups
+    ):
+        raise ValueError("it has not the completions of the prompts that were drawn")
+    for c in (c for group in groups for c in group):
+        if not len(c.tokens) == len(c.sampled) == len(c.logprobs) or not all(0 <= t < vocab_size for t in c.tokens):
+            raise ValueError("it has completions that are none of this model")
+
+
 class Groups:
     """Draws graded groups for one step after the other; every rank draws its slice of the same prompts.
 
@@ -195,8 +214,8 @@ class Groups:
 
     def load(self, states: list[dict[str, Any]]) -> None:
         """Goes on from what all ranks saved, in their order, whatever their number; from nothing, at the start."""
-        if states:
-            self.cursor, self.pending = states[0]["cursor"], states[0]["pending"]
-            self._positions = self.world.slice([p for state in states for p in state["positions"]])
-            sampled = self.world.slice([group for state in states for group in state["sampled"]])
-            self._sampled = [[Completion(**c) for c in group] for group in sampled]
+        ranks = [Drawn.model_validate(state) for state in states]
+        if ranks:
+            self.cursor, self.pending = ranks[0].cursor, ranks[0].pending
+            self._positions = self.world.slice([p for rank in ranks for p in rank.positions])
+            self._sampled = self.world.slice([group for rank in ranks for group in rank.sampled])

@@ -17,7 +17,7 @@ from stages.config import RLConfig
 from stages.context import Stopped
 from stages.evaluate import measure
 from stages.rl.algorithm import advantages
-from stages.rl.groups import Drawn, Groups, rewards_of
+from stages.rl.groups import Groups, check_drawn, rewards_of
 from stages.rl.learner import divergence, learner_precision, update
 from stages.rl.rollout import Completions, RolloutPool
 from stages.training.metrics import Reporter, Stopwatch
@@ -60,7 +60,7 @@ def reinforce(
     reporter.note(prepare(model, config, precision, world))
     reference = initial() if config.kl_coefficient else None
     optimizer = build_optimizer(model, config, precision, world)
-    progress = checkpoints.restore(model, optimizer, Drawn.model_validate)
+    progress = checkpoints.restore(model, optimizer, lambda states: check_drawn(states, config, tokenizer.vocab_size))
 
     def apart(prompts: list[list[int]], groups: Completions) -> dict[str, float]:
         other = initial() if reference is None else reference

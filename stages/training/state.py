@@ -260,10 +260,10 @@ class Checkpoints:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def restore(
-        self, model: nn.Module, optimizer: Optimizer, check: Callable[[Any], object] = lambda _: None
+        self, model: nn.Module, optimizer: Optimizer, check: Callable[[list[Any]], object] = lambda _: None
     ) -> Progress:
         """Loads the newest whole checkpoint there is, whatever world and mode wrote it; the same one on every rank.
-        `check` raises ValueError for what no `save` was given as `stage_state`.
+        `check` raises ValueError for a `stage_state` that no ranks' `save` was given.
 
         What is newer and damaged or half uploaded would mix with this attempt's parts, and is removed. StorageError
         where reading fails, as that does not mean that anything is damaged, and where none is left after weights were
@@ -331,7 +331,7 @@ class Checkpoints:
         _load(self.context.storage.at(manifest.checkpoint_path(step)), state, reader)
 
     def _fitting(
-        self, place: Storage, saved: Manifest, state: dict[str, Any], check: Callable[[Any], object]
+        self, place: Storage, saved: Manifest, state: dict[str, Any], check: Callable[[list[Any]], object]
     ) -> _Found:
         """A checkpoint of which this rank has all that it reads, each file parsed. Raises DamagedError."""
         metrics = () if self.reporter.quiet else (manifest.METRICS,)
@@ -340,8 +340,7 @@ class Checkpoints:
         parts = sorted(f.path for f in saved.files if f.path.startswith(STAGE_STATE))
         with _as_damage(place):
             stage_state = [json.loads((directory / part).read_text(encoding="utf-8")) for part in parts]
-            for value in stage_state:
-                check(value)
+            check(stage_state)
             records = read_records(directory / manifest.METRICS) if metrics else []
         return _Found(saved, reader, stage_state, records)
 
