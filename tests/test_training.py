@@ -802,6 +802,27 @@ def test_early_stopping_ends_the_run_and_the_best_weights_are_kept(rows: Rows, t
     assert [step for step, _ in manifest.checkpoints(Storage(tmp_path / "run"))] == [2, 5]
 
 
+def test_where_the_best_weights_are_damaged_the_last_are_taken_and_the_user_is_told(rows: Rows, tmp_path: Path) -> None:
+    """Else a stage that has trained to its end would fail there in every attempt."""
+    config = CONFIG.model_copy(update={"eval_every": 1, "save_every": 100, "keep_best": True})
+    checkpoint = Storage(tmp_path / "run").at(manifest.checkpoint_path(2))
+    seen: list[int] = []
+
+    def validate(_: LanguageModel) -> float:
+        seen.append(len(seen))
+        if seen[-1] == 4:  # whose checkpoint is being written at most, and that of step 2 is whole
+            name = next(name for name in checkpoint.list() if name.endswith(".distcp"))
+            data = checkpoint.read_bytes(name)
+            checkpoint.write_bytes(name, data[:-1] + bytes([data[-1] ^ 1]))
+        return [9.0, 2.0, 1.0][seen[-1]] if seen[-1] < 3 else 5.0
+
+    model, reporter = run(tmp_path / "run", rows, config, validate=validate)
+    last, _ = run(tmp_path / "last", rows, CONFIG.model_copy(update={"eval_every": 0}))
+    assert same_weights(model, last) and reporter.latest("best_step") == {"best_step": STEPS}
+    [note] = [note for note in reporter.notes if "are lost" in note]
+    assert note.startswith("the weights of step 2, the best, are lost") and "SHA-256" in note
+
+
 def test_the_first_figure_of_a_validation_says_when_to_stop_and_what_is_best(rows: Rows, tmp_path: Path) -> None:
     learned, whole = iter([5.0, 4.0, 3.0, 3.5, 3.2]), iter([9.0, 8.0, 7.0, 6.0, 5.0])
     config = CONFIG.model_copy(update={"eval_every": 1, "save_every": 100, "early_stopping": 2, "keep_best": True})
