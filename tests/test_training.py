@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from cluster import manifest
-from cluster.storage import FileEntry, Storage, StorageError
+from cluster.storage import DamagedError, FileEntry, Storage, StorageError
 from corpus.rows import Rows, RowWriter
+from corpus.tokenizers import Tokenizer
 from models.build import build
 from models.layers import LanguageModel
 from models.spec import ModelSpec
@@ -42,7 +43,7 @@ from stages.training.metrics import Reporter
 from stages.training.optimizer import build_optimizer, group_weights
 from stages.training.parallel import World
 from stages.training.schedule import Schedule
-from stages.training.state import Checkpoints, Progress
+from stages.training.state import Checkpoints, Progress, export_checkpoint
 
 SPEC = ModelSpec(
     "depth", layers=2, width=32, heads=2, kv_heads=2, ffn_width=64, vocab_size=64, sequence_len=16, softcap=15.0
@@ -821,6 +822,22 @@ def test_where_the_best_weights_are_damaged_the_last_are_taken_and_the_user_is_t
     assert same_weights(model, last) and reporter.latest("best_step") == {"best_step": STEPS}
     [note] = [note for note in reporter.notes if "are lost" in note]
     assert note.startswith("the weights of step 2, the best, are lost") and "SHA-256" in note
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_to_measure_a_damaged_checkpoint_is_no_reason_to_make_its_stage_again(
+    rows: Rows, tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
+    """Which may have others."""
+    with pytest.raises(Killed):
+        run(tmp_path / "run", rows, stop_at=STOP)
+    checkpoint = Storage(tmp_path / "run").at(manifest.checkpoint_path(STOP))
+    name = next(name for name in checkpoint.list() if name.endswith(".distcp"))
+    checkpoint.write_bytes(name, change(checkpoint.read_bytes(name)))
+    tokenizer = Tokenizer.open("chars", "0123456789")
+    with pytest.raises(DamagedError, match=f"{name} has ") as fault:
+        export_checkpoint(checkpoint, SPEC, tokenizer, tmp_path / "exported", ("<|bos|>",))
+    assert "--force" not in str(fault.value)
 
 
 def test_the_first_figure_of_a_validation_says_when_to_stop_and_what_is_best(rows: Rows, tmp_path: Path) -> None:

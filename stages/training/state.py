@@ -116,9 +116,11 @@ def export_checkpoint(
 ) -> None:
     """Writes into `directory`, as `export` does, the weights of the checkpoint at `place`, of a model of this shape.
     Raises StorageError."""
-    model, saved = build(spec), _whole(place)
+    model = build(spec)
     state = {"model": weights_of(model)}
-    _load(place, state, _bring(place, saved, state))
+    _, fault = _attempt(lambda: _load(place, state, _bring(place, _whole(place), state)))
+    if fault is not None:
+        raise _error(fault)
     export(model, tokenizer, directory, ends)
 
 
