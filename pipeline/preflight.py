@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import islice
 from typing import get_args
@@ -32,7 +32,7 @@ from stages.config import NONE, DataConfig
 from stages.conversations import characters_of
 from tasks.core import Bundle
 from tasks.gsm8k import GSM8K
-from tasks.mixture import Part, conversations, spec_of
+from tasks.mixture import Part, check_weights, conversations, spec_of
 from tasks.suite import chosen, suite
 
 LONG_MID = 5  # times the tokens of base
@@ -91,7 +91,7 @@ def _inputs(config: Config, stages: Collection[str]) -> Iterator[tuple[str, Call
         flag = {data.chat: "--chat", data.gsm8k: "--gsm8k"}.get(part.source, f"data.{stage}.{name}.source")
         yield flag, partial(_look_at_part, part)
     for stage, parts in (("mid", data.mid), ("sft", data.sft)):
-        yield f"data.{stage}", partial(_look_at_mixture, list(parts.values()))
+        yield f"data.{stage}", partial(_look_at_mixture, parts)
     if config.tokenizer.source == "chars" and "tokenizer" in stages:
         yield "--tokenizer", partial(_look_at_characters, config, stages)
 
@@ -126,11 +126,13 @@ def _look_at_part(part: Part) -> None:
         raise faults[0]
 
 
-def _look_at_mixture(parts: Sequence[Part]) -> None:
-    """Raises ValueError where a mixture of files of this machine has no two conversations that differ."""
+def _look_at_mixture(parts: dict[str, Part]) -> None:
+    """Raises ValueError where only some parts have a weight, or a mixture of files of this machine has no two
+    conversations that differ."""
+    check_weights(parts)
     seen: set[str] = set()
     left_out: Counter[str] = Counter()
-    for part in parts:
+    for part in parts.values():
         found = list(islice(conversations(part, seed=0), FIRST_RECORDS)) if _is_here(part) else []
         seen |= {repr(conversation) for conversation in found if not isinstance(conversation, UnusableError)}
         left_out.update(fault.reason for fault in found if isinstance(fault, UnusableError))

@@ -83,16 +83,21 @@ def mixture(parts: dict[str, Part], seed: int) -> Iterator[tuple[str, Found]]:
     return ((name, conversation) for _, name, conversation in heapq.merge(*streams, key=itemgetter(0)))
 
 
-def sizes(parts: dict[str, Part]) -> dict[str, int]:
-    """Conversations that each part gives to the mixture; records that cannot be read make it fewer.
-
-    Without weights all there are, times `repeats`; with weights as many as possible in proportion to them.
-    """
+def check_weights(parts: dict[str, Part]) -> None:
+    """Raises ValueError where some parts have a weight and others none."""
     unweighted = [name for name, part in parts.items() if part.weight is None]
     if unweighted and len(unweighted) < len(parts):
         raise ValueError(
             f"parts without a weight: {', '.join(unweighted)}, while others have one; give all parts one, or none"
         )
+
+
+def sizes(parts: dict[str, Part]) -> dict[str, int]:
+    """Conversations that each part gives to the mixture; records that cannot be read make it fewer.
+
+    Without weights all there are, times `repeats`; with weights as many as possible in proportion to them.
+    """
+    check_weights(parts)
     most = {name: _records(part) * part.repeats for name, part in parts.items()}
     if empty := [f"{name} ({parts[name].source})" for name, count in most.items() if not count]:
         raise ValueError(f"parts without records: {', '.join(empty)}; take them out or correct their source")

@@ -43,6 +43,10 @@ def corpus(tmp_path: Path) -> Path:
             r"data\.mid\.own\.source: .*/own\.jsonl matches no file",
         ),
         (
+            ["--gsm8k", "synthetic", "--set", "data.mid.smoltalk.weight=0.5"],
+            r"data\.mid: parts without a weight: .*gsm8k, while others have one; give all parts one, or none",
+        ),
+        (
             ["--corpus", "{}/books.jsonl"],
             r"--corpus: .*no string column `text`; its columns are body .*data\.text_column",
         ),

@@ -21,7 +21,7 @@ class CoreOnTheWay:
     """Asks the first `examples` of each label of a bundle, always the same, of a model as it is; every rank takes part.
 
     `left_out` are the labels whose answers have no room in the model's context, which are not asked. Raises
-    FileNotFoundError or ValueError for a bundle that cannot be read.
+    FileNotFoundError or ValueError for a bundle that cannot be read, ValueError where all are left out.
     """
 
     def __init__(
@@ -42,6 +42,11 @@ class CoreOnTheWay:
             for question in fitting:
                 pairs = zip(question.options, question.starts, strict=True)
                 requests += [Request(np.array(option, dtype=np.int64), start) for option, start in pairs]
+        if not self.tasks:
+            raise ValueError(
+                f"base.core_every: no answer of {data} has room in a context of {spec.sequence_len} tokens: set "
+                "base.core_every=0, or a larger model.sequence_len"
+            )
         self.count = len(requests)
         self.batches = list(batches(grow(requests, spec), TOKENS_AT_ONCE[world.device.type]))
 
