@@ -301,6 +301,6 @@ def test_core_on_the_way_is_the_same_whatever_the_ranks_share(tmp_path: Path) ->
         expected = [core(model)["val_core"]] * 2
         assert one[f"{name} ddp"] == expected
         assert one[f"{name} fsdp"] == expected
-    with pytest.raises(ValueError, match="no answer of .* has room in a context of 1 tokens: set base.core_every=0"):
+    with pytest.raises(ValueError, match=r"no answer of .* has room in a context of 1 tokens: set base\.core_every=0"):
         tiny = replace(model.spec, sequence_len=1)
         CoreOnTheWay(str(tmp_path / "bundle"), 12, tokenizer, tiny, World(0, 1, torch.device("cpu"), 1), "fp32")
