@@ -266,6 +266,8 @@ def planned_and_measured(run: RunFacts, known: Known) -> list[Block]:
 
 def planned(config: Config, known: Known) -> dict[str, Any]:
     config = ours(config)
+    if any(train.total_batch_size is None for train in (config.base, config.mid, config.sft)):
+        raise ConfigError("a total_batch_size is not in it, which every run fills in before it is recorded")
     gpus = known.gpus or default_gpus(config)
     return plan(config, gpus, known.usd_per_gpu_hour, calibration=known.calibration, fixed=CHOSEN)
 
