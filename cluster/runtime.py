@@ -125,5 +125,15 @@ def token_asked() -> bool:
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
+def metrics_url() -> str | None:
+    """Where this node's agent serves Ray's metrics to Prometheus, of the processes of this node; None where it does
+    not. `connect` comes first."""
+    mine = ray.get_runtime_context().get_node_id()
+    for node in ray.nodes():
+        if node["NodeID"] == mine and (port := node.get("MetricsExportPort")):
+            return f"http://{node['NodeManagerAddress']}:{port}/metrics"
+    return None
+
+
 def _dashboard_url(host: str | None) -> str | None:
     return f"http://{host}" if host else None

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,6 +34,7 @@ from stages.growing import NOTES
 
 CONFIG, CLAIM = "config.json", "claim.json"
 TRACKING = "fathom-tracking"  # below a storage, what trackers keep
+REPORT, REPORT_PAGE = "report", "report.html"  # beside the stages of a run, and what a person opens
 EVALUATIONS = "evaluations"  # below a storage, what `fathom evaluate` was answered
 SET_ASIDE = ".set-aside"  # artifacts that --force replaces, until their successors are there
 BEAT_SECONDS = 2.0
@@ -329,6 +330,26 @@ class Claim:
         """Raise RunHeldError when the run has been taken over."""
         if self.lost is not None:
             raise RunHeldError(self.lost)
+
+
+class Pulse:
+    """Whether the process that holds a run lives, for one who looks again and again; on another host, where its id says
+    nothing, it is dead when its claim has not changed for LAPSE_SECONDS of looking. Its `holder` is as last seen."""
+
+    def __init__(self, store: RunStore) -> None:
+        self._run, self._since = store.storage, 0.0
+        self.holder: Holder | None = None
+
+    def look(self) -> Literal["alive", "dead", "over"]:
+        """A run that nobody holds is "over". Raises StorageError or OSError for a storage that cannot be read now."""
+        holder = informing(self._run, CLAIM, Holder)
+        if holder is None:
+            return "over"
+        if holder != self.holder:
+            self.holder, self._since = holder, time.monotonic()
+        if holder.host == socket.gethostname():
+            return "alive" if _pid_alive(holder.pid) else "dead"
+        return "alive" if time.monotonic() - self._since < LAPSE_SECONDS else "dead"
 
 
 def _user() -> str:

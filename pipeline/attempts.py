@@ -6,8 +6,10 @@ It is kept beside the artifacts for the report and only informs: it fails no run
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,8 +36,8 @@ class Told(BaseModel):
 
 
 class Attempt(BaseModel):
-    """One `fathom run`: its command line, what was to do (stage: run, resume from step 30, ...) and on what. One that
-    was killed has no `ended`."""
+    """One `fathom run`: its command line, what was to do (stage: run, resume from step 30, ...) and on what; where its
+    dashboard, its metrics and its trackers are. One that was killed has no `ended`."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -45,6 +47,7 @@ class Attempt(BaseModel):
     arguments: list[str] = []
     actions: dict[str, str] = {}
     hardware: str | None = None
+    places: dict[str, str] = {}
     told: list[Told] = []
 
 
@@ -63,9 +66,17 @@ def attempts(run: Storage) -> list[Attempt]:
 class Diary:
     """Keeps the attempt under way. A failure to write is logged, and changes nothing."""
 
-    def __init__(self, run: Storage, arguments: list[str], actions: dict[str, str], hardware: str) -> None:
+    def __init__(
+        self,
+        run: Storage,
+        arguments: list[str],
+        actions: dict[str, str],
+        hardware: str,
+        places: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._run, self._before = run, attempts(run)
-        self.attempt = Attempt(arguments=arguments, actions=actions, hardware=hardware)
+        self._lock = threading.Lock()  # the live view, trackers and the run itself write it
+        self.attempt = Attempt(arguments=arguments, actions=actions, hardware=hardware, places=dict(places))
         self._write()
 
     def __enter__(self) -> Diary:
@@ -78,13 +89,21 @@ class Diary:
             self.end("interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__)
 
     def tell(self, stage: str, text: str) -> None:
-        if len(self.attempt.told) < MOST_TOLD:
-            self.attempt.told.append(Told(at=now(), stage=stage, text=text))
+        with self._lock:
+            if len(self.attempt.told) < MOST_TOLD:
+                self.attempt.told.append(Told(at=now(), stage=stage, text=text))
+                self._write()
+
+    def place(self, what: str, where: str) -> None:
+        """Where something that shows the run is, such as its dashboard; the last word on each counts."""
+        with self._lock:
+            self.attempt.places[what] = where
             self._write()
 
     def end(self, outcome: str) -> None:
-        self.attempt.ended, self.attempt.outcome = now(), outcome
-        self._write()
+        with self._lock:
+            self.attempt.ended, self.attempt.outcome = now(), outcome
+            self._write()
 
     def _write(self) -> None:
         history = History(attempts=[*self._before, self.attempt])

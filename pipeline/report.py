@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from cluster.hardware import parse_gpus
-from pipeline.artifacts import RunStore
+from pipeline.artifacts import REPORT, REPORT_PAGE, RunStore
 from pipeline.config import add_storage_flag
 from pipeline.plan import check
 from pipeline.reporting.blocks import Document
@@ -23,21 +23,20 @@ from pipeline.reporting.markdown import markdown
 from pipeline.terminal import Terminal, say
 from pipeline.timing import read_calibration
 
-FOLDER = "report"  # of a run in storage
-PAGE, TEXT = "report.html", "report.md"
+TEXT = "report.md"
 
 
 def written(document: Document) -> dict[str, bytes]:
     """The files of a report, by name."""
-    return {PAGE: page(document).encode(), TEXT: markdown(document).encode()}
+    return {REPORT_PAGE: page(document).encode(), TEXT: markdown(document).encode()}
 
 
 def keep(store: RunStore) -> str:
     """Writes the report of a run beside its artifacts; where it lies."""
-    place = store.stage(FOLDER)
+    place = store.stage(REPORT)
     for name, content in written(report(collect(store), Known())).items():
         place.write_bytes(name, content)
-    return f"{place.uri}/{PAGE}"
+    return f"{place.uri}/{REPORT_PAGE}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--out {folder}: that is a file; name a folder") from error
     for name, content in written(report(runs[0], known) if len(runs) == 1 else comparison(runs, known)).items():
         (folder / name).write_bytes(content)
-    say(Terminal(), str(folder / PAGE))
+    say(Terminal(), str(folder / REPORT_PAGE))
     return 0
 
 

@@ -20,8 +20,8 @@ import ray
 from rich.console import Console
 
 from cluster.resources import described, resources
-from cluster.runtime import connect, token_asked
-from pipeline.artifacts import Claim, RunStore
+from cluster.runtime import connect, metrics_url, token_asked
+from pipeline.artifacts import REPORT, REPORT_PAGE, Claim, RunStore
 from pipeline.attempts import Diary
 from pipeline.config import (
     Config,
@@ -39,9 +39,10 @@ from pipeline.config import (
     stage_names,
 )
 from pipeline.dag import TRAINING, Planned, StageError, plan, reusable, reuse, submit
+from pipeline.gauges import Gauges
 from pipeline.plan import outlook
 from pipeline.preflight import check_inputs, proportions
-from pipeline.report import FOLDER, PAGE, keep
+from pipeline.report import keep
 from pipeline.status import run_states
 from pipeline.terminal import Terminal, say
 from pipeline.track import asked, check_installed, tracked
@@ -149,10 +150,11 @@ def execute(
     if check_here(config, to_do):
         for line in proportions(config, to_do):
             say(console, f"! {line}")
-    dashboard = connect(debug)
-    if dashboard:
-        asks = ", which asks for the token that `ray get-auth-token` prints" if token_asked() else ""
-        say(console, f"dashboard {dashboard}{asks}")
+    shown_at = {"dashboard": connect(debug), "metrics": metrics_url()}
+    places = {what: where for what, where in shown_at.items() if where}
+    for what, where in places.items():
+        asks = ", which asks for the token that `ray get-auth-token` prints" if what == "dashboard" else ""
+        say(console, f"{what} {where}{asks if token_asked() else ''}")
     devices = resources()
     there, what = (devices.gpus, "GPUs") if devices.kind == "cuda" else (devices.cpus, "CPU cores")
     check_workers(config, there, what, "cluster")
@@ -160,12 +162,12 @@ def execute(
     check_device(config, devices.kind, to_do)
     for name in TRAINING:
         store.stage(name).delete(STOP)
-    diary = Diary(store.storage, list(arguments), actions(planned), described(devices))
+    diary = Diary(store.storage, list(arguments), actions(planned), described(devices), places)
     references = submit(store, config, planned, devices, force, claim.token)
     with (
         diary,
-        tracked(config, names, kinds, console, vars(devices)),
-        LiveView(store, list(references), console, diary.tell) as view,
+        tracked(config, names, kinds, console, vars(devices), said=diary.place),
+        LiveView(store, list(references), console, diary.tell, Gauges(config.name).show) as view,
         stopping_on_sigterm(store, view) as stopping,
     ):
         pending = dict(references)
@@ -207,7 +209,7 @@ def report(store: RunStore, planned: Sequence[Planned], console: Console) -> Non
     """Writes the report of the run beside its artifacts, where anything was done or there is none. It only shows what
     is there, so that whatever goes wrong with it is said, and the run is what it was."""
     try:
-        if actions(planned) or not store.stage(FOLDER).exists(PAGE):
+        if actions(planned) or not store.stage(REPORT).exists(REPORT_PAGE):
             say(console, f"report: {keep(store)}")
     except Exception as error:
         log.debug("the report is unwritten", exc_info=True)

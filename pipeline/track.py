@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 class Feeder:
     """The process that feeds one tracker. Whatever it does or fails to do, the run only shows what it says."""
 
-    def __init__(self, job: Job, console: Console) -> None:
-        self.job, self.console = job, console
+    def __init__(self, job: Job, console: Console, said: Callable[[str, str], None]) -> None:
+        self.job, self.console, self.said = job, console, said
         folder = Path(job.folder, "log")
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"{job.run}-{job.kind}.log"
@@ -69,6 +69,7 @@ class Feeder:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             say(self.console, f"{self.job.kind}: {line.rstrip()}")
+            self.said(self.job.kind, line.rstrip())
 
     def finish(self, deadline: float | None) -> bool:
         """Has it take over the rest and end, by `deadline` at the latest; whether it did."""
@@ -133,9 +134,11 @@ def tracked(
     console: Console,
     hardware: dict[str, Any] | None = None,
     limit: float | None = FINISH_SECONDS,
+    said: Callable[[str, str], None] = lambda kind, text: None,
 ) -> Iterator[list[str]]:
     """Meanwhile each of the trackers follows these stages; then they have `limit` seconds, together, for what is left.
-    The list yielded has, after it, those that did not take over everything."""
+    The list yielded has, after it, those that did not take over everything. `said` is given what each says: where it
+    shows the run, or what is wrong."""
     tracking, storage = config.tracking, Storage(config.storage)
     feeders, failed = [], list[str]()
     for kind in kinds:
@@ -153,7 +156,7 @@ def tracked(
             limit=limit,
         )
         try:
-            feeders.append(Feeder(job, console))
+            feeders.append(Feeder(job, console, said))
         except OSError as error:
             failed.append(kind)
             say(console, f"{kind}: it could not be started: {error}")

@@ -56,7 +56,8 @@ class Row:
 class LiveView:
     """Shows the stages of a run while the block runs: a live table on a terminal, else plain lines.
 
-    A progress report left by an earlier attempt is not shown as running: only one that changes is.
+    A progress report left by an earlier attempt is not shown as running: only one that changes is, unless one is
+    `joining` a run that is under way.
     """
 
     def __init__(
@@ -65,11 +66,14 @@ class LiveView:
         stages: list[str],
         console: Console | None = None,
         tell: Callable[[str, str], None] = lambda stage, text: None,
+        show: Callable[[str, Progress | None], None] = lambda stage, progress: None,
+        joining: bool = False,
     ) -> None:
-        """`tell` is given every note of a stage as it comes."""
-        self.store, self.console, self.tell = store, console or Terminal(), tell
+        """`tell` is given every note of a stage as it comes, and `show` its progress when it changes: None once the
+        stage has ended."""
+        self.store, self.console, self.tell, self.show = store, console or Terminal(), tell, show
         self.rows = {name: Row() for name in stages}
-        self.stale = {name: store.progress(name) for name in stages}
+        self.stale = {} if joining else {name: store.progress(name) for name in stages}
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True, name="live view")
         self.live = Live(console=self.console, refresh_per_second=2, transient=True)
@@ -98,11 +102,16 @@ class LiveView:
         now = time.monotonic()
         for name, row in self.rows.items():
             if row.state != "done":
+                before, progress = row.state, row.progress
                 try:
-                    before, row.state = row.state, self._look(name, row)
+                    row.state = self._look(name, row)
                 except (OSError, StorageError) as error:
                     log.debug("progress of %s is unread: %s", name, error)  # storage may hiccup; the run goes on
                     continue
+                if row.state == "running" and row.progress != progress:
+                    self.show(name, row.progress)
+                elif row.state != before == "running":
+                    self.show(name, None)
                 if not self.console.is_terminal:
                     self._say(name, row, before != row.state, now)
                 notes = row.progress.notes if row.progress else []
@@ -120,7 +129,9 @@ class LiveView:
             row.left_out = noted(made)
             return "done"
         progress = self.store.progress(name)
-        if progress is None or progress == self.stale[name]:
+        if progress is None:
+            return "waiting"
+        if progress == self.stale.get(name):
             return row.state
         row.progress = progress
         return progress.state

@@ -29,15 +29,20 @@ class Stopped(Exception):
     """A stage was asked to stop, and has saved its state."""
 
 
+Figures = dict[str, Annotated[int, Field(ge=-(2**63), lt=2**63)] | float]
+
+
 class Progress(BaseModel):
-    """What a stage under way says of itself; `error` is why its last attempt ended."""
+    """What a stage under way says of itself: `metrics` are figures to show, `record` has the newest of every figure in
+    its metrics.jsonl; `error` is why its last attempt ended."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
     state: Literal["running", "failed", "stopped"] = "running"
     step: int | None = None
     steps: int | None = None
-    metrics: dict[str, Annotated[int, Field(ge=-(2**63), lt=2**63)] | float] = Field(default_factory=dict)
+    metrics: Figures = Field(default_factory=dict)
+    record: Figures = Field(default_factory=dict)
     error: str | None = None
     seconds: Annotated[float, Field(allow_inf_nan=False)] | None = None
     seconds_left: Annotated[float, Field(allow_inf_nan=False)] | None = None

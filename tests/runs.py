@@ -23,7 +23,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 # What may differ between two runs of the same thing.
-TIMING = ("_ms", "_share", "tokens_per_second", "memory_gb", "mfu")
+TIMING = ("_ms", "_share", "tokens_per_second", "_gb", "mfu", "cpu_cores", "gpu_watts", "gpu_celsius")
 POLL_SECONDS, LOOK_SECONDS = 0.02, 0.5
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.hardware import GIB, Hardware, find, parse
+from cluster.usage import Usage, gpu_figures
 
 # torch.cuda.get_device_name, the memory the driver reports (MiB), and the entry.
 DEVICES = [
@@ -147,3 +153,66 @@ def test_fp8_is_twice_bf16_from_ada_hopper_and_cdna_3_on_and_absent_before(name:
 def test_planning_answers_without_torch_or_ray() -> None:
     code = "import sys, cluster.hardware; sys.exit(bool({'torch', 'ray'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_a_process_is_seen_with_the_cores_and_the_memory_it_takes() -> None:
+    usage = Usage()
+    busy, until = bytearray(200_000_000), time.process_time() + 0.3
+    while time.process_time() < until:
+        pass
+    seen = usage.look()
+    assert {*seen} == {"cpu_cores", "rss_gb"}
+    assert 0.02 < seen["cpu_cores"] < 1.5 and len(busy) / 1e9 < seen["rss_gb"] < 20
+
+
+def test_without_a_driver_there_are_no_figures_and_no_words(caplog: pytest.LogCaptureFixture) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a driver")
+    usage = Usage("GPU-1234")
+    for _ in range(3):
+        assert {*usage.look()} == {"cpu_cores", "rss_gb"}
+        time.sleep(0.05)
+    assert gpu_figures("0") == {} and not caplog.text
+
+
+def test_what_a_gpu_tells_is_in_the_units_of_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def untold(_: object) -> int:
+        raise pynvml.NVMLError_NotSupported()  # type: ignore[no-untyped-call]
+
+    told = {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=97, memory=40),
+        "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(used=70_500_000_000, total=85_000_000_000),
+        "nvmlDeviceGetPowerUsage": lambda _: 651_250,
+        "nvmlDeviceGetTemperature": lambda device, sensor: {(3, 0): 61, ("GPU-a", 0): 62}[device, sensor],
+    }
+    for name, function in told.items():
+        monkeypatch.setattr(pynvml, name, function)
+    expected = {"gpu_busy_share": 0.97, "gpu_memory_gb": 70.5, "gpu_watts": 651.25, "gpu_celsius": 61}
+    assert gpu_figures("3") == expected and gpu_figures("GPU-a") == expected | {"gpu_celsius": 62}
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", untold)
+    del expected["gpu_watts"]
+    assert gpu_figures("3") == expected
+
+
+def test_a_gpu_whose_driver_hangs_or_fails_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    let_go = threading.Event()
+
+    def hang(gpu: str) -> dict[str, float]:
+        let_go.wait(60)
+        raise RuntimeError("the driver is gone")
+
+    monkeypatch.setattr("cluster.usage.gpu_figures", hang)
+    usage, began = Usage("0"), time.monotonic()
+    for _ in range(10):
+        usage.look()
+    assert time.monotonic() - began < 5
+    let_go.set()
+    for _ in range(100):
+        usage.look()
+        time.sleep(0.01)
+    assert caplog.text.count("the driver is gone") == 1

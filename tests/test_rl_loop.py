@@ -102,6 +102,9 @@ class Here:
         self.checked += [version] if check else []
         return 0.0
 
+    def usage(self) -> dict[str, float]:
+        return {"actor0_rss_gb": 1.0}
+
     def start(
         self, prompts: list[list[int]], seeds: Sequence[tuple[int, ...]], *arguments: Any, **more: Any
     ) -> Rollout:

@@ -1113,3 +1113,48 @@ def test_two_processes_train_like_one_and_one_goes_on_with_what_two_began(tmp_pa
     assert {"__0_0.distcp", "__1_0.distcp"} <= checkpoint.list().keys(), "each rank wrote its part"
     _, resumed = run(tmp_path / "begun" / "run", rows, model=fresh_model(seed=9))
     assert losses(resumed) == pytest.approx(losses(alone), abs=1e-4)
+
+
+class Three(World):
+    """The first of three ranks, of which the others take what it does."""
+
+    def everyone(self, value: Any) -> list[Any]:
+        return [value, value, value]
+
+
+def test_what_every_rank_takes_is_on_record_every_few_seconds(tmp_path: Path) -> None:
+    reporter, world = Reporter(Storage(tmp_path), None), Three(0, 3, torch.device("cpu"), threads=1)
+    for step, seconds in enumerate((0.0, 4.0, 6.0, 9.0, 11.5)):
+        reporter.look(world, seconds, lambda: {"actor0_rss_gb": 0.25})
+        reporter.log(step, loss=float(step))
+    reporter.close()
+    figures = {
+        f"{rank}{name}" for rank in ("", "rank1_", "rank2_") for name in ("cpu_cores", "rss_gb", "actor0_rss_gb")
+    }
+    assert [{*record} - {"step", "loss"} for record in reporter.records] == [set(), set(), figures, set(), figures]
+    assert reporter.records[2]["rss_gb"] > 0.01 and reporter.records[2]["rank2_actor0_rss_gb"] == 0.25
+
+
+def test_a_run_of_the_loop_records_what_it_takes_and_learns_the_same(
+    tmp_path: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, untouched = run(tmp_path / "untouched", rows)
+    monkeypatch.setattr("stages.training.metrics.LOOK_SECONDS", 0.0)
+    _, looked = run(tmp_path / "looked", rows)
+    assert (
+        sum("rss_gb" in record for record in looked.records)
+        >= STEPS
+        > 0
+        == sum("rss_gb" in record for record in untouched.records)
+    )
+    assert losses(looked) == losses(untouched)
+
+
+def test_what_others_see_of_a_stage_is_the_newest_of_every_figure(tmp_path: Path) -> None:
+    reporter = Reporter(Storage(tmp_path), 9)
+    reporter.go_on([{"step": 0, "val_bpb": 3.0, "loss": 2.0}, {"step": 1, "loss": 1.5, "skipped": True}], 60.0)
+    reporter.log(2, loss=torch.tensor(1.25), grad_norm=0.5)
+    reporter.close()
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    assert progress["record"] == {"step": 2, "val_bpb": 3.0, "loss": 1.25, "grad_norm": 0.5}
+    assert progress["metrics"] == {"val_bpb": 3.0, "loss": 1.25} and 60 <= progress["seconds"] < 120

@@ -19,9 +19,16 @@ TRAINING = (
     ("Gradient norm", "before clipping", r"grad_norm"),
     ("Throughput", "tokens a second", r"tokens_per_second"),
     ("Model FLOPs", "share of the devices' peak (MFU)", r"mfu"),
-    ("Memory", "GB", r"\w*memory\w*"),
-    ("Where a step's time goes", "share of the step", r"\w+_share"),
+    ("Where a step's time goes", "share of the step", r"(?!\w*gpu_)\w+_share"),
     ("Length of a step", "seconds", r"step_ms"),
+)
+# what processes and devices take, of every training stage; the ranks together
+TAKEN = (
+    ("Memory", "GB", r"\w*(memory|rss)_gb"),
+    ("CPU", "cores kept busy", r"\w*cpu_cores"),
+    ("GPU in use", "share of the time", r"\w*gpu_busy_share"),
+    ("Power", "W", r"\w*gpu_watts"),
+    ("Temperature", "°C", r"\w*gpu_celsius"),
 )
 KNOTS = 200  # steps at which tokens and hours are said
 # They are bounds of another figure, or count what the sections say in words.
@@ -34,7 +41,7 @@ RECORDED = ("base", "mid", "sft", "rl")
 
 def panels(stage: StageFacts) -> list[tuple[str, str, list[str]]]:
     """(title, unit, names) of the charts of a stage; what no heading is known for has a chart of its own."""
-    known = PANELS if stage.name == "rl" else TRAINING
+    known = [*(PANELS if stage.name == "rl" else TRAINING), *TAKEN]
     names = [name for name in stage.columns if not UNDRAWN.fullmatch(name)]
     found: list[tuple[str, str, list[str]]] = []
     for title, unit, pattern in known:

@@ -73,7 +73,9 @@ def reinforce(
         step, clock = progress.step, Stopwatch(torch.device("cpu"))  # it is the host that waits
         draws.wait(clock)
         last = step == steps
-        stop = not last and bool(world.agree(reporter.stop)[0])
+        asked, elapsed = world.agree(reporter.stop, reporter.seconds)
+        stop = not last and bool(asked)
+        reporter.look(world, elapsed, pool.usage)
         evaluating = not stop and config.eval_every > 0 and (last or step % config.eval_every == 0)
         if step > start and (last or stop or evaluating or step % config.save_every == 0):
             checkpoints.save(progress, model, optimizer, draws.state())

@@ -7,6 +7,7 @@ caller, prompt and sample: the same weights give the same completions with any n
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -28,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from torch import Tensor
 
 from cluster.resources import Devices
+from cluster.usage import Usage
 from models.generate import Completion, Engine, TorchEngine, complete
 from models.hf import read_spec
 from models.vllm_engine import CPU_ENV, GPU_ENV, VLLMEngine
@@ -82,10 +84,14 @@ class RolloutActor:
             VLLMEngine(directory, on_gpu, shared) if engine == "vllm" else TorchEngine(directory, on_gpu)
         )
         self.version = 0
+        # a shared device is told by the learner
+        own = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if on_gpu and not shared else None
+        self.usage = Usage(own)
 
     @ray.method(concurrency_group="health")
-    def alive(self) -> None:
-        """Answers beside whatever else the actor does."""
+    def alive(self) -> dict[str, float]:
+        """Answers beside whatever else the actor does, with what it takes."""
+        return self.usage.look()
 
     def load(self, state: dict[str, Tensor], version: int) -> None:
         self.engine.load(state)
@@ -115,10 +121,11 @@ class RolloutActor:
 
 
 class _Member:
-    """An actor of the pool, and how long it has been silent."""
+    """An actor of the pool, how long it has been silent, and what it said last that it takes."""
 
     def __init__(self, handle: Any) -> None:
         self.handle, self.started = handle, False
+        self.usage: dict[str, float] = {}
         self._ask()
 
     def _ask(self) -> None:
@@ -128,6 +135,8 @@ class _Member:
         """Seconds for which a question was left without an answer. Asks the next one when there was one."""
         if ray.wait([self._question], timeout=0)[0]:
             self.started = True
+            with contextlib.suppress(ray.exceptions.RayError):  # it died, which its next call tells
+                self.usage = ray.get(self._question)
             self._ask()
         return time.monotonic() - self._asked
 
@@ -231,6 +240,12 @@ class RolloutPool:
         if self._members:
             self._jobs.submit(self._sync, state, version, check, lasting).result()
         return time.perf_counter() - began
+
+    def usage(self) -> dict[str, float]:
+        """What each actor takes, by its last answer: `actor0_rss_gb` and others of `cluster.usage`."""
+        for member in self._members:
+            member.silence()
+        return {f"actor{a}_{name}": v for a, member in enumerate(self._members) for name, v in member.usage.items()}
 
     def _sync(self, state: Mapping[str, Tensor], version: int, check: bool, lasting: bool) -> None:
         def store() -> Any:

@@ -65,6 +65,7 @@ def train(
             *((reporter.seconds, reporter.seconds - saved_at, step_seconds) if world.rank == 0 else (0.0, 0.0, 0.0)),
             reporter.stop,
         )
+        reporter.look(world, elapsed)
         ending = bool(stop) or schedule.over(step, elapsed, step_seconds)
         evaluating = not ending and config.eval_every > 0 and step % config.eval_every == 0
         measuring = not ending and benchmark is not None and step > 0 and step % benchmark[0] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cluster import hardware, manifest
 from cluster.storage import FencedError, Storage, StorageError
+from cluster.usage import LOOK_SECONDS, Usage
 from stages.context import PROGRESS, STOP, Progress
 from stages.training.parallel import World
 
@@ -85,6 +87,11 @@ class Stopwatch:
         return {"step_ms": total} | {f"{name}_share": span / total for name, span in spans.items()}
 
 
+def uuid_of(device: torch.device) -> str | None:
+    """What NVML calls a GPU; None for a CPU."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+
+
 class Reporter:
     """Collects one flat record a line. A quiet one (every rank but the first) records nothing.
 
@@ -104,6 +111,9 @@ class Reporter:
         self.storage, self.steps, self.quiet = storage, steps, quiet
         self.budget_seconds, self.max_skipped = budget_seconds, max_skipped
         self.records: list[dict[str, Any]] = []
+        self._newest: dict[str, Any] = {}  # of every figure on record
+        self._usage: Usage | None = None
+        self._looked, self._used = 0.0, dict[str, float]()
         earlier = None if quiet else manifest.informing(storage, PROGRESS, Progress)
         self.notes: list[str] = earlier.notes if earlier else []  # such as why this is not the first attempt
         self.earlier_seconds = 0.0
@@ -134,13 +144,29 @@ class Reporter:
         self.flush()
         if self._first_step is None:
             self._first_step, self._began_stepping = step, time.monotonic()
-        self._pending = ({"step": step, **values}, None)
+        self._pending = ({"step": step, **values, **self._used}, None)
+        self._used = {}
 
     def log_step(self, step: int, clock: Stopwatch, work: Work, **values: float | Tensor) -> None:
         """Records the values of `step`, where its time went, and how fast it was."""
         self.log(step, **values)
         if self._pending:
             self._pending = (self._pending[0], (clock, work))
+
+    def look(self, world: World, seconds: float, more: Callable[[], dict[str, float]] = dict) -> None:
+        """Every few `seconds`, which are the same on all ranks, has the next record say what the process and the device
+        of every rank take, and what `more` tells of on this one. Every rank calls it in every step."""
+        if self._usage is None:
+            self._usage, self._looked = Usage(uuid_of(world.device)), seconds
+        if seconds - self._looked < LOOK_SECONDS:
+            return
+        self._looked = seconds
+        ranks = world.everyone(self._usage.look() | more())
+        self._used = {
+            f"rank{rank}_{name}" if rank else name: value
+            for rank, figures in enumerate(ranks)
+            for name, value in figures.items()
+        }
 
     def flush(self) -> None:
         """Reads out the last record; raises FloatingPointError when too many steps in a row were skipped."""
@@ -158,6 +184,7 @@ class Reporter:
             if not record["skipped"]:
                 del record["skipped"]
         self.records.append(record)
+        self._newest |= record
         if self._skipped > self.max_skipped:
             raise FloatingPointError(
                 f"the gradient of {self._skipped} steps in a row was not finite, up to step {record['step']} (loss "
@@ -165,12 +192,17 @@ class Reporter:
             )
         self._publish_progress()
 
+    def go_on(self, records: list[dict[str, Any]], seconds: float) -> None:
+        """Goes on from what an earlier attempt recorded in so many seconds of work."""
+        self.earlier_seconds = seconds
+        if not self.quiet:
+            self.records, self._newest = records, {}
+            for record in records:
+                self._newest |= record
+
     def latest(self, *names: str) -> dict[str, Any]:
         """The newest value of each named metric there is."""
-        found: dict[str, Any] = {}
-        for record in reversed(self.records):
-            found |= {n: record[n] for n in names if n in record and n not in found}
-        return found
+        return {name: self._newest[name] for name in names if name in self._newest}
 
     def _publish_progress(self) -> None:
         now = time.monotonic()
@@ -194,6 +226,7 @@ class Reporter:
             "seconds": round(self.seconds, 1),
             "seconds_left": left and round(left, 1),
             "metrics": self.latest(*SUMMARY),
+            "record": {name: value for name, value in self._newest.items() if type(value) in (int, float)},
             "notes": self.notes,
         }
         self._writing = self._writer.submit(self._write_progress, progress)

@@ -314,9 +314,7 @@ class Checkpoints:
                 )
             return Progress()
         self.stage_state = found.stage_state
-        if not self.reporter.quiet:
-            self.reporter.records = found.records
-        self.reporter.earlier_seconds = found.saved.seconds
+        self.reporter.go_on(found.records, found.saved.seconds)
         if progress.best_step not in steps:
             progress.best_step, progress.best = -1, math.inf
         self.best_step = progress.best_step
