@@ -38,6 +38,7 @@ from cluster.storage import MANIFEST as MANIFEST
 
 METRICS = "metrics.jsonl"
 REPORT = "report.html"  # its curves
+SAMPLES = "samples.jsonl"  # what the model said on the way
 CHECKPOINTS = "checkpoints"
 log = logging.getLogger(__name__)
 
@@ -113,8 +114,8 @@ class Manifest:
         return sorted((f for f in self.files if f.path.startswith(start)), key=lambda f: f.path)
 
     def digest(self, prefix: str = "") -> str:
-        """SHA-256 over the content below `prefix`; what holds timings is left out."""
-        kept = [f for f in self.below(prefix) if Path(f.path).name not in (METRICS, REPORT)]
+        """SHA-256 over the content below `prefix`; what holds timings, or only shows, is left out."""
+        kept = [f for f in self.below(prefix) if Path(f.path).name not in (METRICS, REPORT, SAMPLES)]
         return checksum([[f.path, f.size, f.sha256] for f in kept])
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from test_status import VALUES
 
 from cluster import manifest as manifests
-from cluster.manifest import METRICS, Manifest, checkpoint_path
+from cluster.manifest import METRICS, SAMPLES, Manifest, checkpoint_path
 from cluster.storage import FileEntry, Storage, StorageError
 from pipeline import cli, run, runs
 from pipeline.artifacts import RunStore
@@ -71,6 +71,12 @@ def records(stage: str, steps: int, better: float = 0.0) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
+def spoken(stage: str) -> str:
+    """samples.jsonl of a stage that has spoken ten times."""
+    lines = [{"step": step, "prompt": "The capital is", "text": f" {stage} {step}"} for step in range(0, 100, 10)]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
 def answers(right: Sequence[bool], question: str = "How many?", text: str = "#### 4") -> str:
     """completions.jsonl of an evaluation."""
     lines = []
@@ -101,13 +107,13 @@ class Made:
         read = {"corpus": {"read": 100, "kept": 93, "left_out": {"duplicates": 5, "empty": 2}}}
         for stage in stage_names(self.config):
             if stage in TRAINED:
-                self.done(stage, {METRICS: records(stage, TRAINED[stage], better)}, metrics={"loss": 1.0})
+                files = {METRICS: records(stage, TRAINED[stage], better), SAMPLES: spoken(stage)}
+                self.done(stage, files, metrics={"loss": 1.0})
             elif stage == "ingest":
                 counts = {"documents": 93, "tokens": 12_345, "characters_per_token": 3.5}
                 self.done(stage, metrics=counts, stats={"read": read, **counts})
             elif stage == "evaluate_base":
-                sample = json.dumps({"prompt": "The capital of France is", "text": " Paris"})
-                self.done(stage, {"samples.jsonl": sample}, metrics={"val_bpb_full": 0.51})
+                self.done(stage, metrics={"val_bpb_full": 0.51})
             elif stage.startswith("evaluate_"):
                 solved = right if stage == "evaluate_rl" else [False] * len(right)
                 share = sum(solved) / len(solved)
@@ -178,7 +184,11 @@ def test_a_finished_run_is_told_in_order(tmp_path: Path) -> None:
         in (evaluated)
     )
     said = section(found, "What the model says")
-    assert " Paris" in said and said.index("Solved best: How many? 0") < said.index("Solved worst: How many? 19")
+    # of each stage the first, the last and some between, in order
+    assert re.findall(r" (base|mid|sft|rl) (\d+)$", said, re.MULTILINE) == [
+        (stage, step) for stage in TRAINED for step in ("0", "20", "40", "60", "90")
+    ]
+    assert said.index("Solved best: How many? 0") < said.index("Solved worst: How many? 19")
     read = section(found, "Data")
     assert "corpus | 100 | 93 | 5" in read and "corpus | empty | 2" in read and "tokens of them | 12,345" in read
     assert section(found, "Incidents") == "None on record."
@@ -445,7 +455,7 @@ FILES = {
     "base": ("manifest.json", METRICS),
     "mid": ("manifest.json", "progress.json"),
     "evaluate_sft": ("manifest.json", "completions.jsonl"),
-    "evaluate_base": ("samples.jsonl",),
+    "sft": (SAMPLES,),
     "ingest": ("manifest.json",),
     "": ("attempts.json", "config.json"),
 }

@@ -39,6 +39,8 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_been(line: Run, tmp_path: Path
     assert run.lasting(stage) == line.lasting(stage)
     # Down to the times it took, the steps before the checkpoint are those of the killed command.
     assert recorded and (run.path / stage / "metrics.jsonl").read_text().startswith(recorded)
+    said = f"{stage}/samples.jsonl"
+    assert (run.path / said).read_bytes() == (line.path / said).read_bytes()
     weights = f"{stage}/model.safetensors"
     assert (run.path / weights).read_bytes() == (line.path / weights).read_bytes()
     made = run.manifests()

@@ -103,6 +103,7 @@ def run(
     model: LanguageModel | None = None,
     validate: Callable[[LanguageModel], float | dict[str, float]] = lambda _: math.nan,
     schedule: Schedule | None = None,
+    speak: tuple[int, Callable[[LanguageModel], list[dict[str, str]]]] | None = None,
 ) -> tuple[LanguageModel, Reporter]:
     """One attempt of a run whose stage lies at `path`; `validate` gives val_bpb. Raises Killed in the validation of
     step `stop_at`."""
@@ -122,7 +123,7 @@ def run(
     schedule = schedule or Schedule(
         STEPS, warmup_ratio=config.warmup_ratio, warmdown_ratio=config.warmdown_ratio, shape=config.schedule or "wsd"
     )
-    train(model, rows, config, schedule, 0, world, checkpoints, reporter, count)
+    train(model, rows, config, schedule, 0, world, checkpoints, reporter, count, speak=speak)
     reporter.close()
     return model, reporter
 
@@ -201,6 +202,30 @@ def test_a_checkpoint_without_a_manifest_is_ignored_and_removed(rows: Rows, tmp_
     assert not storage.list(manifest.checkpoint_path(10))
     resumed, record_of_both = run(tmp_path / "broken", rows)
     assert losses(record_of_both) == losses(record) and same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("every", [3, STOP, 0])
+def test_what_the_model_said_is_kept_once_of_each_step_whenever_it_is_killed(
+    rows: Rows, tmp_path: Path, every: int
+) -> None:
+    """Though what was said after the checkpoint was said before the kill, too; and training is what it is without."""
+
+    def said(model: LanguageModel) -> list[dict[str, str]]:
+        return [{"prompt": "sum", "text": str(model.lm_head.weight.sum().item())}]
+
+    silent, record = run(tmp_path / "silent", rows)
+    whole, spoken = run(tmp_path / "whole", rows, speak=(every, said))
+    assert losses(spoken) == losses(record) and same_weights(whole, silent)
+    assert not record.samples and [s["step"] for s in spoken.samples] == [
+        *(range(0, STEPS, every) if every else ()),
+        STEPS,
+    ]
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", rows, stop_at=2 * STOP, speak=(every, said))
+    with pytest.raises(Killed):  # in its first validation, which comes after the restore
+        run(tmp_path / "broken", rows, stop_at=0, speak=(every, said))
+    _, resumed = run(tmp_path / "broken", rows, speak=(every, said))
+    assert resumed.samples == spoken.samples
 
 
 def truncate(file: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from cluster.hardware import Gpus
 from corpus import left_out
 from pipeline.config import Config, ConfigError, load_config, preset_about, preset_names
@@ -37,6 +39,7 @@ HEADLINES = ("greedy", "chatcore", "core", "val_bpb_full", "val_bpb_mid_full", "
 MOST_TEXT = 1_500  # characters of a sample that are shown
 MOST_SETTINGS = 200
 EXAMPLES = 3  # of the best, and of the worst
+SAID = 5  # samples of a stage to a prompt: the first, the last, and some between
 
 
 @dataclass(frozen=True)
@@ -380,12 +383,11 @@ def samples(run: RunFacts) -> list[Block]:
     blocks: list[Block] = []
     spoken = [stage for stage in run.stages if stage.samples]
     for prompt in dict.fromkeys(sample.prompt for stage in spoken for sample in stage.samples):
-        said: list[Block] = [
-            Code(cut(sample.text, MOST_TEXT), f"after {of(stage)}")
-            for stage in spoken
-            for sample in stage.samples
-            if sample.prompt == prompt
-        ]
+        said = list[Block]()
+        for stage in spoken:
+            mine = [sample for sample in stage.samples if sample.prompt == prompt]
+            for i in np.unique(np.linspace(0, len(mine) - 1, SAID).astype(int)) if mine else ():
+                said.append(Code(cut(readable(mine[i].text), MOST_TEXT), f"{stage.name}, step {mine[i].step:,}"))
         blocks.append(Fold(f"Prompt: {prompt or '(nothing)'}", said))
     asked = [stage for stage in run.stages if stage.answered]
     if asked:
@@ -394,7 +396,7 @@ def samples(run: RunFacts) -> list[Block]:
         for title, problems in (("Solved best", best), ("Solved worst", worst)):
             for problem in problems:
                 blocks.append(_problem(title, problem, asked))
-    return blocks or [Text("No evaluation has kept what the model said.")]
+    return blocks or [Text("Nothing that the model said is kept.")]
 
 
 def _problem(title: str, problem: Answered, asked: list[StageFacts]) -> Fold:

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from cluster import manifest as manifests
-from cluster.manifest import METRICS
+from cluster.manifest import METRICS, SAMPLES
 from cluster.storage import Storage, StorageError
 from pipeline.artifacts import RunStore, StageState
 from pipeline.attempts import Attempt, attempts
@@ -60,10 +60,11 @@ class Answered(BaseModel):
 
 
 class Sample(BaseModel):
-    """How a model goes on from a prompt."""
+    """What a model had to say to a prompt, after so many steps of its stage."""
 
     model_config = ConfigDict(extra="ignore")
 
+    step: int
     prompt: str
     text: str
 
@@ -167,15 +168,16 @@ def _stage(store: RunStore, state: StageState, config: Config | None, unread: li
     wanted = [place]  # of a stage under way its record may be newer than its checkpoint's
     if state.checkpoint_step is not None:
         wanted.append(place.at(manifests.checkpoint_path(state.checkpoint_step)))
-    text = next((text for where in wanted if (text := _text(where, METRICS, unread)) is not None), None)
-    if text is not None:
+    found = ((where, text) for where in wanted if (text := _text(where, METRICS, unread)) is not None)
+    if (record := next(found, None)) is not None:
+        where, text = record
+        facts.samples = _lines(where, SAMPLES, Sample, unread)
         facts.columns, facts.lost_values, bad = columns_of(text)
         if bad:
             unread.append(f"{state.name}: {bad:,} lines of {METRICS} are no records")
         _lay_axes(facts, config)
     if made is not None and state.name.startswith("evaluate_"):
         facts.answered = _lines(place, "completions.jsonl", Answered, unread)
-        facts.samples = _lines(place, "samples.jsonl", Sample, unread)
         facts.examples = _lines(place, "examples.jsonl", Example, unread)
     return facts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,7 @@ class Reporter:
         self.storage, self.steps, self.quiet = storage, steps, quiet
         self.budget_seconds, self.max_skipped = budget_seconds, max_skipped
         self.records: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
         earlier = None if quiet else manifest.informing(storage, PROGRESS, Progress)
         self.notes: list[str] = earlier.notes if earlier else []  # such as why this is not the first attempt
         self.earlier_seconds = 0.0
@@ -135,6 +137,11 @@ class Reporter:
         if self._first_step is None:
             self._first_step, self._began_stepping = step, time.monotonic()
         self._pending = ({"step": step, **values}, None)
+
+    def say(self, step: int, samples: Sequence[dict[str, str]]) -> None:
+        """Keeps what the model said after `step` steps."""
+        if not self.quiet:
+            self.samples += [{"step": step, **sample} for sample in samples]
 
     def log_step(self, step: int, clock: Stopwatch, work: Work, **values: float | Tensor) -> None:
         """Records the values of `step`, where its time went, and how fast it was."""
@@ -211,13 +218,16 @@ class Reporter:
         self.flush()
         self._writer.shutdown(wait=True)
 
-    def write(self, path: Path) -> None:
-        """metrics.jsonl: every record so far, one JSON object a line."""
-        path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+    def write(self, directory: Path) -> None:
+        """Every record so far in metrics.jsonl, one JSON object a line, and in samples.jsonl what the model said, where
+        it said anything."""
+        for name, lines in ((manifest.METRICS, self.records), (manifest.SAMPLES, self.samples)):
+            if lines or name == manifest.METRICS:
+                (directory / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """What `Reporter.write` wrote; ValueError where it is something else."""
+    """A file that `Reporter.write` wrote; ValueError where it is something else."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if not all(type(record) is dict and type(record.get("step")) is int for record in records):
         raise ValueError(f"{path.name} does not hold a record with its step on each line")

@@ -91,13 +91,13 @@ def publish_model(
     scratch: Path,
     page: Callable[[Path], None] | None = None,
 ) -> None:
-    """Makes weights, tokenizer, metrics and the report that `page` writes this stage's artifact, by way of `scratch`.
-    Every rank takes part."""
+    """Makes weights, tokenizer, metrics, samples and the report that `page` writes this stage's artifact, by way of
+    `scratch`. Every rank takes part."""
     whole = gathered(model, world)
     if whole is not None:
         directory = scratch / "artifact"
         export(whole, tokenizer, directory, DOCUMENT_ENDS if context.stage == "base" else ANSWER_ENDS)
-        reporter.write(directory / manifest.METRICS)
+        reporter.write(directory)
         if page is not None:
             page(directory / manifest.REPORT)
         context.publish(directory, reporter.latest(*SUMMARY), reporter.seconds)
@@ -241,6 +241,7 @@ class _Found:
     reader: CheckpointReader
     stage_state: list[Any]
     records: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
 
 
 class Checkpoints:
@@ -313,7 +314,7 @@ class Checkpoints:
             return Progress()
         self.stage_state = found.stage_state
         if not self.reporter.quiet:
-            self.reporter.records = found.records
+            self.reporter.records, self.reporter.samples = found.records, found.samples
         self.reporter.earlier_seconds = found.saved.seconds
         if progress.best_step not in steps:
             progress.best_step, progress.best = -1, math.inf
@@ -334,16 +335,17 @@ class Checkpoints:
         self, place: Storage, saved: Manifest, state: dict[str, Any], check: Callable[[Any], object]
     ) -> _Found:
         """A checkpoint of which this rank has all that it reads, each file parsed. Raises DamagedError."""
-        metrics = () if self.reporter.quiet else (manifest.METRICS,)
-        reader = _bring(place, saved, state, lambda path: path.startswith((STAGE_STATE, *metrics)))
-        directory = Path(reader.path)
-        parts = sorted(f.path for f in saved.files if f.path.startswith(STAGE_STATE))
+        record = () if self.reporter.quiet else (manifest.METRICS, manifest.SAMPLES)
+        reader = _bring(place, saved, state, lambda path: path.startswith((STAGE_STATE, *record)))
+        directory, there = Path(reader.path), {f.path for f in saved.files}
+        parts = sorted(path for path in there if path.startswith(STAGE_STATE))
         with _as_damage(place):
             stage_state = [json.loads((directory / part).read_text(encoding="utf-8")) for part in parts]
             for value in stage_state:
                 check(value)
-            records = read_records(directory / manifest.METRICS) if metrics else []
-        return _Found(saved, reader, stage_state, records)
+            records = read_records(directory / manifest.METRICS) if record else []
+            samples = read_records(directory / manifest.SAMPLES) if {manifest.SAMPLES} & there & {*record} else []
+        return _Found(saved, reader, stage_state, records, samples)
 
     def _open(self, step: int, bring: Callable[[Storage, Manifest], T]) -> T:
         """What `bring` gives of a checkpoint, once it has on every rank. Raises as `_together` does."""
@@ -383,7 +385,7 @@ class Checkpoints:
             torch.cuda.synchronize()
         directory.mkdir(parents=True, exist_ok=True)
         if not self.reporter.quiet:
-            self.reporter.write(directory / manifest.METRICS)
+            self.reporter.write(directory)
         if stage_state is not None:
             (directory / f"{STAGE_STATE}{self.world.rank:05d}.json").write_text(json.dumps(stage_state))
         self._publishing = self._publisher.submit(self._publish, progress.step, directory, state, self.reporter.seconds)
