@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -52,6 +52,16 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+class Incident(BaseModel):
+    """Something that did not go as it should while a stage was made, and when, in UTC."""
+
+    model_config = ConfigDict(strict=True)
+
+    kind: Literal["lost worker", "replaced actor", "out of memory", "damaged checkpoint", "early stopping", "not asked"]
+    text: str
+    at: str = Field(default_factory=_now)
+
+
 class Counts(BaseModel):
     """What there is of a source, as `corpus.left_out` counts it."""
 
@@ -71,6 +81,7 @@ class Stats(BaseModel):
     skipped: dict[str, dict[str, Annotated[int, Field(strict=True)]]] = Field(default_factory=dict)
     read: dict[str, Counts] = Field(default_factory=dict)
     tokens_below: dict[int, int] = Field(default_factory=dict)
+    incidents: list[Incident] = Field(default_factory=list)
 
 
 @dataclass(config=ConfigDict(extra="forbid"))

@@ -1,4 +1,4 @@
-"""What happened to a run from the driver's side: each attempt at it, with what the stages said meanwhile.
+"""What happened to a run from the driver's side: each attempt at it, with what went wrong in the stages meanwhile.
 
 It is kept beside the artifacts for the report and only informs: it fails no run, and no stage reads it.
 """
@@ -6,16 +6,17 @@ It is kept beside the artifacts for the report and only informs: it fails no run
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from types import TracebackType
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.manifest import informing
+from cluster.manifest import Incident, informing
 from cluster.storage import Storage, StorageError
 
 ATTEMPTS = "attempts.json"
-MOST_TOLD = 1_000  # lines of an attempt that are kept
+MOST_TOLD = 1_000  # incidents of an attempt that are kept
 log = logging.getLogger(__name__)
 
 
@@ -23,14 +24,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-class Told(BaseModel):
-    """A line that a stage had to say."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    at: str
+class StageIncident(Incident):
     stage: str
-    text: str
 
 
 class Attempt(BaseModel):
@@ -45,7 +40,7 @@ class Attempt(BaseModel):
     arguments: list[str] = []
     actions: dict[str, str] = {}
     hardware: str | None = None
-    told: list[Told] = []
+    incidents: list[StageIncident] = []
 
 
 class History(BaseModel):
@@ -77,9 +72,12 @@ class Diary:
         if error is not None:
             self.end("interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__)
 
-    def tell(self, stage: str, text: str) -> None:
-        if len(self.attempt.told) < MOST_TOLD:
-            self.attempt.told.append(Told(at=now(), stage=stage, text=text))
+    def tell(self, stage: str, incidents: Sequence[Incident]) -> None:
+        """Keeps those of a stage that it has not been told before."""
+        known = self.attempt.incidents
+        told = [StageIncident(stage=stage, **incident.model_dump()) for incident in incidents]
+        if new := [incident for incident in told if incident not in known][: MOST_TOLD - len(known)]:
+            known += new
             self._write()
 
     def end(self, outcome: str) -> None:

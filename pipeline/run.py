@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from cluster.manifest import MANIFEST
 from cluster.resources import described, resources
 from cluster.runtime import connect, token_asked
 from pipeline.artifacts import Claim, RunStore
@@ -41,7 +42,7 @@ from pipeline.config import (
 from pipeline.dag import TRAINING, Planned, StageError, plan, reusable, reuse, submit
 from pipeline.plan import outlook
 from pipeline.preflight import check_inputs, proportions
-from pipeline.report import FOLDER, PAGE, keep
+from pipeline.report import FOLDER, keep
 from pipeline.status import run_states
 from pipeline.terminal import Terminal, say
 from pipeline.track import asked, check_installed, tracked
@@ -199,7 +200,7 @@ def report(store: RunStore, planned: Sequence[Planned], console: Console) -> Non
     """Writes the report of the run beside its artifacts, where anything was done or there is none. It only shows what
     is there, so that whatever goes wrong with it is said, and the run is what it was."""
     try:
-        if actions(planned) or not store.stage(FOLDER).exists(PAGE):
+        if actions(planned) or not store.stage(FOLDER).exists(MANIFEST):
             say(console, f"report: {keep(store)}")
     except Exception as error:
         log.debug("the report is unwritten", exc_info=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import manifest as manifests
+from cluster.manifest import Incident
 from cluster.storage import StorageError
 from corpus import left_out
 from pipeline.artifacts import RunStore, StageState
@@ -64,9 +65,9 @@ class LiveView:
         store: RunStore,
         stages: list[str],
         console: Console | None = None,
-        tell: Callable[[str, str], None] = lambda stage, text: None,
+        tell: Callable[[str, Sequence[Incident]], None] = lambda stage, incidents: None,
     ) -> None:
-        """`tell` is given every note of a stage as it comes."""
+        """`tell` is given all incidents of a stage so far."""
         self.store, self.console, self.tell = store, console or Terminal(), tell
         self.rows = {name: Row() for name in stages}
         self.stale = {name: store.progress(name) for name in stages}
@@ -107,11 +108,10 @@ class LiveView:
                     self._say(name, row, before != row.state, now)
                 notes = row.progress.notes if row.progress else []
                 row.told = row.told if row.told <= len(notes) else 0  # a new attempt has begun
-                for note in notes[row.told :]:
-                    self.tell(name, note)
                 for note in [*notes[row.told :], *row.left_out]:
                     say(self.console, f"{name:<14}  {note}")
                 row.told = len(notes)
+                self.tell(name, row.progress.incidents if row.progress else [])
         if self.console.is_terminal:
             self.live.update(self._table())
 

@@ -50,7 +50,8 @@ def run(
             if config.device_batch_size == 1:
                 raise
             config = config.model_copy(update={"device_batch_size": config.device_batch_size // 2})
-            context.note(f"{error}; starting again with device_batch_size {config.device_batch_size}")
+            smaller = f"{error}; starting again with device_batch_size {config.device_batch_size}"
+            context.note(smaller, "out of memory")
 
 
 def work(arguments: dict[str, Any]) -> None:

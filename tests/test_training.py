@@ -339,6 +339,7 @@ def test_a_checkpoint_that_is_whole_but_does_not_fit_is_passed_over(
     assert losses(record_of_both) == losses(record) and same_weights(resumed, whole)
     [note] = [note for note in record_of_both.notes if "passed over" in note]
     assert note.startswith("checkpoint 10 is passed over, training goes on from step 5")
+    assert [(i.kind, i.text) for i in record_of_both.incidents] == [("damaged checkpoint", note)]
     assert manifest.checkpoint_path(2 * STOP) in note and "weights_only" not in note
 
 
@@ -789,6 +790,7 @@ def test_early_stopping_ends_the_run_and_the_best_weights_are_kept(rows: Rows, t
     model, reporter = run(tmp_path / "run", rows, config, validate=lambda _: next(scores))
     assert [r["val_bpb"] for r in reporter.records if "val_bpb" in r] == [5.0, 4.0, 3.0, 3.5, 3.2, 3.1]
     assert any("early stopping: val_bpb was lowest at step 2" in note for note in reporter.notes)
+    assert [incident.kind for incident in reporter.incidents] == ["early stopping"]
     short, _ = run(tmp_path / "short", rows, config.model_copy(update={"early_stopping": 0}), schedule=FIRST_TWO)
     assert same_weights(model, short), "the weights are not those of step 2"
     assert [step for step, _ in manifest.checkpoints(Storage(tmp_path / "run"))] == [2, 5]

@@ -147,7 +147,7 @@ class Answers:
             self.faults |= {task.name: in_words(error) for task in tasks if task.name not in answered}
         for task in tasks:
             if task.name in self.faults:
-                self._context.note(f"{task.name} could not be asked: {self.faults[task.name]}")
+                self._context.note(f"{task.name} could not be asked: {self.faults[task.name]}", "not asked")
 
 
 def headline(found: Summary) -> dict[str, float]:

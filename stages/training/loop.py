@@ -83,7 +83,8 @@ def train(
             reporter.log(step, **figures)
             checkpoints.best_step = progress.best_step
             if config.early_stopping and progress.evaluations_since_best >= config.early_stopping:
-                reporter.note(f"early stopping: {next(iter(figures))} was lowest at step {progress.best_step}")
+                best = f"early stopping: {next(iter(figures))} was lowest at step {progress.best_step}"
+                reporter.note(best, "early stopping")
                 break
             clock.mark("evaluate")
         if measuring and benchmark is not None:
@@ -106,7 +107,8 @@ def train(
                     "out of memory with one row at a time: set checkpointing=full or parallel=fsdp, or a smaller model"
                 )
             batch_size = max(1, batch_size // 2)
-            reporter.note(f"out of memory: device_batch_size is now {batch_size}, with more accumulation")
+            smaller = f"out of memory: device_batch_size is now {batch_size}, with more accumulation"
+            reporter.note(smaller, "out of memory")
         clock.mark("forward_backward")
         optimizer.reduce()
         clock.mark("communication")

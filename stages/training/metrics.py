@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from cluster import hardware, manifest
+from cluster.manifest import Incident
 from cluster.storage import FencedError, Storage, StorageError
-from stages.context import PROGRESS, STOP, Progress
+from stages.context import PROGRESS, STOP, Progress, incidents_of
 from stages.training.parallel import World
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ class Reporter:
         self.samples: list[dict[str, Any]] = []
         earlier = None if quiet else manifest.informing(storage, PROGRESS, Progress)
         self.notes: list[str] = earlier.notes if earlier else []  # such as why this is not the first attempt
+        self.incidents: list[Incident] = earlier.incidents if earlier else []
         self.earlier_seconds = 0.0
         self.stop = False
         self._began = time.monotonic()
@@ -123,11 +125,12 @@ class Reporter:
         """Seconds of work, those of earlier attempts included."""
         return self.earlier_seconds + time.monotonic() - self._began
 
-    def note(self, text: str) -> None:
-        """Something to tell the user once, in the log and beside the progress."""
+    def note(self, text: str, kind: str | None = None) -> None:
+        """`stages.context.Say`: in the log, beside the progress, and if it is an incident in the artifact."""
         if not self.quiet:
             logger.info("%s", text)
             self.notes.append(text)
+            self.incidents += incidents_of(text, kind)
 
     def log(self, step: int, **values: float | Tensor) -> None:
         """Records the values of `step`."""
@@ -202,6 +205,7 @@ class Reporter:
             "seconds_left": left and round(left, 1),
             "metrics": self.latest(*SUMMARY),
             "notes": self.notes,
+            "incidents": self.stats()["incidents"],
         }
         self._writing = self._writer.submit(self._write_progress, progress)
 
@@ -213,6 +217,10 @@ class Reporter:
             raise
         except (OSError, StorageError) as error:  # training does not hang on what is only shown
             logger.warning("progress is unwritten: %s", error)
+
+    def stats(self) -> dict[str, Any]:
+        """What of the stage's course its artifact keeps, besides records."""
+        return {"incidents": [incident.model_dump() for incident in self.incidents]}
 
     def close(self) -> None:
         self.flush()

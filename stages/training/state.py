@@ -100,7 +100,7 @@ def publish_model(
         reporter.write(directory)
         if page is not None:
             page(directory / manifest.REPORT)
-        context.publish(directory, reporter.latest(*SUMMARY), reporter.seconds)
+        context.publish(directory, reporter.latest(*SUMMARY), reporter.seconds, reporter.stats())
     world.barrier()
 
 
@@ -292,7 +292,7 @@ class Checkpoints:
             except DamagedError as error:
                 steps.pop()
                 then = f"training goes on from step {steps[-1]}" if steps else "training begins again at step 0"
-                self.reporter.note(f"checkpoint {step} is passed over, {then}: {error}")
+                self.reporter.note(f"checkpoint {step} is passed over, {then}: {error}", "damaged checkpoint")
                 # on the word of another rank alone, whose machine may be at fault, nothing is removed
                 whole = self.world.rank == 0 and _attempt(lambda: manifest.fetch(place))[1] is None  # noqa: B023
                 (doubtful if whole else removed).add(step)
