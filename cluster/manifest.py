@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -38,6 +38,7 @@ from cluster.storage import MANIFEST as MANIFEST
 
 METRICS = "metrics.jsonl"
 REPORT = "report.html"  # its curves
+SAMPLES = "samples.jsonl"  # what the model said on the way
 CHECKPOINTS = "checkpoints"
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,16 @@ def fingerprint(identity: dict[str, Any], upstream: dict[str, str]) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Incident(BaseModel):
+    """Something that did not go as it should while a stage was made, and when, in UTC."""
+
+    model_config = ConfigDict(strict=True)
+
+    kind: Literal["lost worker", "replaced actor", "out of memory", "damaged checkpoint", "early stopping", "not asked"]
+    text: str
+    at: str = Field(default_factory=_now)
 
 
 class Counts(BaseModel):
@@ -70,6 +81,7 @@ class Stats(BaseModel):
     skipped: dict[str, dict[str, Annotated[int, Field(strict=True)]]] = Field(default_factory=dict)
     read: dict[str, Counts] = Field(default_factory=dict)
     tokens_below: dict[int, int] = Field(default_factory=dict)
+    incidents: list[Incident] = Field(default_factory=list)
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -113,8 +125,8 @@ class Manifest:
         return sorted((f for f in self.files if f.path.startswith(start)), key=lambda f: f.path)
 
     def digest(self, prefix: str = "") -> str:
-        """SHA-256 over the content below `prefix`; what holds timings is left out."""
-        kept = [f for f in self.below(prefix) if Path(f.path).name not in (METRICS, REPORT)]
+        """SHA-256 over the content below `prefix`; what holds timings, or only shows, is left out."""
+        kept = [f for f in self.below(prefix) if Path(f.path).name not in (METRICS, REPORT, SAMPLES)]
         return checksum([[f.path, f.size, f.sha256] for f in kept])
 
 

@@ -257,9 +257,12 @@ class TorchSampler:
         return self.model.hidden(ids, positions, attend)
 
     def _empty(self, rows: int) -> tuple[Tensor, Tensor]:
-        spec, weight = self.model.spec, self.model.lm_head.weight
+        spec, kind = self.model.spec, self.device.type
         shape = (rows, self.length, spec.kv_heads, spec.head_dim)
-        return weight.new_zeros(shape), weight.new_zeros(shape)
+        cast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else self.model.lm_head.weight.dtype
+        keys, values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
+        return keys, values
 
 
 def _attend(keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

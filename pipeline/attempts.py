@@ -1,4 +1,4 @@
-"""What happened to a run from the driver's side: each attempt at it, with what the stages said meanwhile.
+"""What happened to a run from the driver's side: each attempt at it, with what went wrong in the stages meanwhile.
 
 It is kept beside the artifacts for the report and only informs: it fails no run, and no stage reads it.
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType, TracebackType
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cluster.manifest import informing
+from cluster.manifest import Incident, informing
 from cluster.storage import Storage, StorageError
 
 ATTEMPTS = "attempts.json"
-MOST_TOLD = 1_000  # lines of an attempt that are kept
+MOST_TOLD = 1_000  # incidents of an attempt that are kept
 log = logging.getLogger(__name__)
 
 
@@ -25,14 +25,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-class Told(BaseModel):
-    """A line that a stage had to say."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    at: str
+class StageIncident(Incident):
     stage: str
-    text: str
 
 
 class Attempt(BaseModel):
@@ -48,7 +42,7 @@ class Attempt(BaseModel):
     actions: dict[str, str] = {}
     hardware: str | None = None
     places: dict[str, str] = {}
-    told: list[Told] = []
+    incidents: list[StageIncident] = []
 
 
 class History(BaseModel):
@@ -88,10 +82,13 @@ class Diary:
         if error is not None:
             self.end("interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__)
 
-    def tell(self, stage: str, text: str) -> None:
+    def tell(self, stage: str, incidents: Sequence[Incident]) -> None:
+        """Keeps those of a stage that it has not been told before."""
+        told = [StageIncident(stage=stage, **incident.model_dump()) for incident in incidents]
         with self._lock:
-            if len(self.attempt.told) < MOST_TOLD:
-                self.attempt.told.append(Told(at=now(), stage=stage, text=text))
+            known = self.attempt.incidents
+            if new := [incident for incident in told if incident not in known][: MOST_TOLD - len(known)]:
+                known += new
                 self._write()
 
     def place(self, what: str, where: str) -> None:

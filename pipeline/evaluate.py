@@ -229,7 +229,7 @@ def measured(model: Model, shown: str, asked: Suite, args: argparse.Namespace, c
             actors,
             config,
             args.precision,
-            console.print,
+            lambda text, kind=None: console.print(text),
             progress=progress,
         )
         try:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
+from cluster import manifest as manifests
 from cluster.hardware import parse_gpus
+from cluster.manifest import MANIFEST, Manifest
+from cluster.scratch import scratch
 from pipeline.artifacts import REPORT, REPORT_PAGE, RunStore
 from pipeline.config import add_storage_flag
 from pipeline.plan import check
@@ -32,10 +36,16 @@ def written(document: Document) -> dict[str, bytes]:
 
 
 def keep(store: RunStore) -> str:
-    """Writes the report of a run beside its artifacts; where it lies."""
-    place = store.stage(REPORT)
-    for name, content in written(report(collect(store), Known())).items():
-        place.write_bytes(name, content)
+    """Makes the report of a run an artifact beside the others, in place of an earlier one; where its page lies."""
+    began, place, run = time.monotonic(), store.stage(REPORT), collect(store)
+    with scratch(REPORT) as directory:
+        for name, content in written(report(run, Known())).items():
+            (directory / name).write_bytes(content)
+        place.delete(MANIFEST)
+        files = place.upload_tree(directory)
+    made = {stage.name: manifests.read(store.stage(stage.name)) for stage in run.stages if stage.state == "done"}
+    upstream = {name: manifest.digest() for name, manifest in made.items() if manifest}
+    manifests.write(place, Manifest(store.run, REPORT, files, upstream=upstream, seconds=time.monotonic() - began))
     return f"{place.uri}/{REPORT_PAGE}"
 
 

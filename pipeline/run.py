@@ -19,9 +19,10 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from cluster.manifest import MANIFEST
 from cluster.resources import described, resources
 from cluster.runtime import connect, metrics_url, token_asked
-from pipeline.artifacts import REPORT, REPORT_PAGE, Claim, RunStore
+from pipeline.artifacts import REPORT, Claim, RunStore
 from pipeline.attempts import Diary
 from pipeline.config import (
     Config,
@@ -209,7 +210,7 @@ def report(store: RunStore, planned: Sequence[Planned], console: Console) -> Non
     """Writes the report of the run beside its artifacts, where anything was done or there is none. It only shows what
     is there, so that whatever goes wrong with it is said, and the run is what it was."""
     try:
-        if actions(planned) or not store.stage(REPORT).exists(REPORT_PAGE):
+        if actions(planned) or not store.stage(REPORT).exists(MANIFEST):
             say(console, f"report: {keep(store)}")
     except Exception as error:
         log.debug("the report is unwritten", exc_info=True)

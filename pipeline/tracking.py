@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import manifest as manifests
+from cluster.manifest import Incident
 from cluster.storage import StorageError
 from corpus import left_out
 from pipeline.artifacts import RunStore, StageState
@@ -65,12 +66,12 @@ class LiveView:
         store: RunStore,
         stages: list[str],
         console: Console | None = None,
-        tell: Callable[[str, str], None] = lambda stage, text: None,
+        tell: Callable[[str, Sequence[Incident]], None] = lambda stage, incidents: None,
         show: Callable[[str, Progress | None], None] = lambda stage, progress: None,
         joining: bool = False,
     ) -> None:
-        """`tell` is given every note of a stage as it comes, and `show` its progress when it changes: None once the
-        stage has ended."""
+        """`tell` is given all incidents of a stage so far, and `show` its progress when it changes: None once the stage
+        has ended."""
         self.store, self.console, self.tell, self.show = store, console or Terminal(), tell, show
         self.rows = {name: Row() for name in stages}
         self.stale = {} if joining else {name: store.progress(name) for name in stages}
@@ -116,11 +117,10 @@ class LiveView:
                     self._say(name, row, before != row.state, now)
                 notes = row.progress.notes if row.progress else []
                 row.told = row.told if row.told <= len(notes) else 0  # a new attempt has begun
-                for note in notes[row.told :]:
-                    self.tell(name, note)
                 for note in [*notes[row.told :], *row.left_out]:
                     say(self.console, f"{name:<14}  {note}")
                 row.told = len(notes)
+                self.tell(name, row.progress.incidents if row.progress else [])
         if self.console.is_terminal:
             self.live.update(self._table())
 

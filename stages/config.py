@@ -287,6 +287,9 @@ class BaseConfig(TrainConfig):
     core_every: int = environment(
         0, "steps between evaluations on CORE, after the save of that step; 0: none; needs evaluate.data", ge=0
     )
+    sample_every: int = environment(
+        1000, "steps between samples of what the model says to a few prompts, the last besides; 0: none", ge=0
+    )
     core_examples: int = environment(100, "examples a label in these evaluations", ge=1)
 
     @model_validator(mode="after")
@@ -312,6 +315,11 @@ class TuneConfig(TrainConfig):
     """mid and sft, which go over their rows: for `steps`, or `epochs`."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the rows")
+
+    @property
+    def sample_every(self) -> int:
+        """Steps between samples of what the model says, the last besides: at every validation."""
+        return self.eval_every
 
 
 class RLConfig(OptimizerConfig):

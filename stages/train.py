@@ -17,6 +17,7 @@ from stages.config import BaseConfig, ModelConfig, TuneConfig, base_hours
 from stages.context import StageContext
 from stages.evaluate import VALIDATED, bits_per_byte
 from stages.evaluation.on_the_way import CoreOnTheWay
+from stages.evaluation.spoken import Speaker
 from stages.growing import open_rows, wait_until_made
 from stages.training.launch import launch
 from stages.training.loop import train
@@ -49,7 +50,8 @@ def run(
             if config.device_batch_size == 1:
                 raise
             config = config.model_copy(update={"device_batch_size": config.device_batch_size // 2})
-            context.note(f"{error}; starting again with device_batch_size {config.device_batch_size}")
+            smaller = f"{error}; starting again with device_batch_size {config.device_batch_size}"
+            context.note(smaller, "out of memory")
 
 
 def work(arguments: dict[str, Any]) -> None:
@@ -78,12 +80,15 @@ def work(arguments: dict[str, Any]) -> None:
             arguments["eval_data"], config.core_examples, tokenizer, model.spec, world, config.precision
         )
         benchmark = (config.core_every, asked)
+    on_base = isinstance(config, BaseConfig)
+    speaker = Speaker(tokenizer, model.spec, world, config.precision, chat=not on_base)
+    speak = (config.sample_every, speaker) if config.sample_every or not on_base else None
     reporter = Reporter(context.storage, schedule.steps, world.rank > 0, schedule.seconds, config.max_skipped)
     if benchmark is not None and (left_out := benchmark[1].left_out):
         reporter.note(f"CORE on the way is without {', '.join(left_out)}, whose answers do not fit into the context")
     with context.scratch(scratch_bytes(model, world)) as scratch:
         checkpoints = Checkpoints(context, world, scratch, reporter, config.keep_last)
-        train(model, rows, config, schedule, seed, world, checkpoints, reporter, validate, benchmark)
+        train(model, rows, config, schedule, seed, world, checkpoints, reporter, validate, benchmark, speak)
         reporter.close()
         wait_until_made(context)
         publish_model(context, model, tokenizer, reporter, world, scratch)

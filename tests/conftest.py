@@ -26,6 +26,7 @@ SETTINGS = {
     "data.synthetic_problems": 64,
     "data.validation_conversations": 32,
     "base.steps": 40,
+    "base.sample_every": 15,
     "base.precision": "fp32",
     "base.device_batch_size": 8,
     "mid.steps": 50,

@@ -72,6 +72,16 @@ def test_checkpoint_costs_agree_with_themselves(tmp_path: Path) -> None:
     assert f"{row['cost_share']:.2%}" in shown and "a save a minute" in shown
 
 
+def test_trackers_are_halted_in_every_other_block_and_have_all_in_the_end(tmp_path: Path) -> None:
+    file, more = tmp_path / "trackers.json", ("--pairs", "2", "--seconds", "0.5", "--save-every", "20")
+    shown = bench("trackers", *SIZE, *more, "--out", str(file))
+    row = written("trackers", file, shown)
+    assert row["steps"] % 20 == 0 and len(row["without"]) == len(row["with"]) == len(row["slowdowns"]) == 2
+    for without, with_, slower in zip(row["without"], row["with"], row["slowdowns"], strict=True):
+        assert without > 0 and slower == pytest.approx(1 - with_ / without)
+    assert row["slowdown_share"] == pytest.approx(sum(row["slowdowns"]) / 2) and f"{row['slowdown_share']:.2%}" in shown
+
+
 def test_kernels_say_how_they_are_run() -> None:
     assert "--out" in bench("kernels", "--help")
 

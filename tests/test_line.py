@@ -17,6 +17,8 @@ from corpus.synthetic import documents
 from corpus.tokenizers import SPECIAL_TOKENS, Tokenizer
 from models.hf import from_pretrained
 from stages.evaluate import VALIDATED
+from stages.evaluation.spoken import PROMPTS, Speaker
+from stages.training.parallel import World
 
 STAGES = [
     "tokenizer", "ingest", "base", "evaluate_base",
@@ -75,6 +77,20 @@ def test_every_step_is_on_record(line: Run, stage: str) -> None:
     if stage != "rl":
         measured = [record["step"] for record in records if VALIDATED[stage][0] in record]
         assert measured == [*range(0, EXPECTED_STEPS[stage], 20), EXPECTED_STEPS[stage]]
+
+
+@pytest.mark.parametrize("stage", EXPECTED_STEPS)
+def test_what_the_model_says_is_kept_at_every_evaluation(line: Run, stage: str) -> None:
+    """To the same prompts all along; and what base says last is what its artifact says."""
+    said = [json.loads(text) for text in (line.path / stage / "samples.jsonl").read_text().splitlines()]
+    steps, every = EXPECTED_STEPS[stage], {"base": 15, "mid": 20, "sft": 20, "rl": 20}[stage]
+    prompts = PROMPTS[stage != "base" :]
+    expected = [(step, prompt) for step in [*range(0, steps, every), steps] for prompt in prompts]
+    assert [(one["step"], one["prompt"]) for one in said] == expected
+    if stage == "base":
+        model, tokenizer = from_pretrained(line.path / stage), Tokenizer.load(line.path / stage)
+        alone = Speaker(tokenizer, model.spec, World(0, 1, torch.device("cpu"), 1), "fp32", chat=False)(model)
+        assert [one["text"] for one in said[-len(prompts) :]] == [one["text"] for one in alone]
 
 
 @pytest.mark.parametrize("stage", EXPECTED_STEPS)

@@ -26,6 +26,7 @@ from models.build import build
 from models.hf import from_pretrained, save_pretrained
 from models.layers import LanguageModel
 from models.spec import ModelSpec
+from stages.evaluation import spoken
 from stages.evaluation.on_the_way import CoreOnTheWay
 from stages.training.metrics import Reporter
 from stages.training.optimizer import build_optimizer
@@ -262,12 +263,14 @@ def test_ranks_resume_from_the_same_step_whatever_one_of_them_cannot_read(tmp_pa
 
 
 def asks(rank: int, path: Path) -> None:
-    """CORE of a model in each mode, before it has trained and after; the batches do not divide among the ranks."""
+    """CORE of a model in each mode, before it has trained and after, and what it says; the batches do not divide among
+    the ranks."""
     torch.set_num_threads(1)
     limit = timedelta(seconds=100)  # for a rank that waits for another one's pass
     meeting = f"file://{path / 'meet-to-ask'}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=3, timeout=limit)
     tokenizer = Tokenizer.load(path / "tokenizer")
+    spoken.SAMPLE_TOKENS = 12
     found = {}
     for name, spec in FAMILIES.items():
         for mode in ("ddp", "fsdp"):
@@ -276,15 +279,19 @@ def asks(rank: int, path: Path) -> None:
             world, config = World.current(3), LONG.model_copy(update={"parallel": mode})
             prepare(model, config, "fp32", world)
             core = CoreOnTheWay(str(path / "bundle"), 12, tokenizer, model.spec, world, "fp32")
-            figures = [core(model)["val_core"]]
+            speakers = [spoken.Speaker(tokenizer, model.spec, world, "fp32", chat) for chat in (False, True)]
+            figures = [core(model)["val_core"], *(speaker(model) for speaker in speakers)]
             ids = torch.arange(17)[None] % 61
             model(ids[:, :-1], ids[:, 1:]).sum().backward()
-            found[f"{name} {mode}"] = [*figures, core(model)["val_core"]]
+            found[f"{name} {mode}"] = [*figures, core(model)["val_core"], speakers[1](model)]
     (path / f"asked-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def test_core_on_the_way_is_the_same_whatever_the_ranks_share(tmp_path: Path) -> None:
+def test_what_is_asked_on_the_way_is_the_same_whatever_the_ranks_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spoken, "SAMPLE_TOKENS", 12)
     make_bundle(tmp_path / "bundle")
     tokenizer = Tokenizer.train(["The ash grew. Question: 1? Answer: oak, as the elm and the yew " * 9], 300)
     tokenizer.save(tmp_path / "tokenizer")
@@ -298,7 +305,16 @@ def test_core_on_the_way_is_the_same_whatever_the_ranks_share(tmp_path: Path) ->
             str(tmp_path / "bundle"), 12, tokenizer, model.spec, World(0, 1, torch.device("cpu"), 1), "fp32"
         )
         assert len(core.batches) % 3, "they divide among the ranks"
-        expected = [core(model)["val_core"]] * 2
+        speakers = [spoken.Speaker(tokenizer, model.spec, core.world, "fp32", chat) for chat in (False, True)]
+        before = torch.get_rng_state()
+        gone_on, replies = (speaker(model) for speaker in speakers)
+        assert torch.equal(torch.get_rng_state(), before), "training draws other numbers"
+        expected = [core(model)["val_core"], gone_on, replies, core(model)["val_core"], replies]
+        assert [said["prompt"] for said in replies] == [said["prompt"] for said in gone_on[1:]] and len(gone_on) > 4
+        if name != "depth":  # whose head begins with zeros, so that all tokens are alike
+            assert len({said["text"] for said in gone_on + replies}) > 4
+        rounded = spoken.Speaker(tokenizer, model.spec, core.world, "bf16", chat=False)(model)
+        assert [said["prompt"] for said in rounded] == [said["prompt"] for said in gone_on]
         assert one[f"{name} ddp"] == expected
         assert one[f"{name} fsdp"] == expected
     with pytest.raises(ValueError, match=r"no answer of .* has room in a context of 1 tokens: set base\.core_every=0"):

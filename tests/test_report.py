@@ -27,7 +27,7 @@ from rich.console import Console
 from test_status import VALUES
 
 from cluster import manifest as manifests
-from cluster.manifest import METRICS, Manifest, checkpoint_path
+from cluster.manifest import METRICS, SAMPLES, Incident, Manifest, checkpoint_path
 from cluster.storage import FileEntry, Storage, StorageError
 from pipeline import cli, run, runs
 from pipeline.artifacts import RunStore
@@ -35,10 +35,12 @@ from pipeline.attempts import Diary, attempts
 from pipeline.config import Config, identity_of, load_config, stage_names
 from pipeline.report import keep
 from pipeline.reporting import document, facts
-from pipeline.reporting.blocks import Code, Document, Fold, Items, Table, Text, Tiles, smoothed, thinned
+from pipeline.reporting.blocks import Code, Document, Fold, Table, Text, Tiles, smoothed, thinned
+from pipeline.reporting.comparison import comparison
 from pipeline.reporting.document import Known, report
 from pipeline.reporting.html import page
 from pipeline.reporting.markdown import markdown
+from tasks.estimates import core_difference
 
 SECTIONS = (
     "At a glance",
@@ -68,6 +70,12 @@ def records(stage: str, steps: int, better: float = 0.0) -> str:
             lines.append({"step": step, **figures, "tokens_per_second": 8_192.0, "memory_gb": 1.5})
     if stage == "base":
         lines += [{"step": steps, "val_bpb": 0.5}]
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def spoken(stage: str) -> str:
+    """samples.jsonl of a stage that has spoken ten times."""
+    lines = [{"step": step, "prompt": "The capital is", "text": f" {stage} {step}"} for step in range(0, 100, 10)]
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -101,13 +109,13 @@ class Made:
         read = {"corpus": {"read": 100, "kept": 93, "left_out": {"duplicates": 5, "empty": 2}}}
         for stage in stage_names(self.config):
             if stage in TRAINED:
-                self.done(stage, {METRICS: records(stage, TRAINED[stage], better)}, metrics={"loss": 1.0})
+                files = {METRICS: records(stage, TRAINED[stage], better), SAMPLES: spoken(stage)}
+                self.done(stage, files, metrics={"loss": 1.0})
             elif stage == "ingest":
                 counts = {"documents": 93, "tokens": 12_345, "characters_per_token": 3.5}
                 self.done(stage, metrics=counts, stats={"read": read, **counts})
             elif stage == "evaluate_base":
-                sample = json.dumps({"prompt": "The capital of France is", "text": " Paris"})
-                self.done(stage, {"samples.jsonl": sample}, metrics={"val_bpb_full": 0.51})
+                self.done(stage, metrics={"val_bpb_full": 0.51})
             elif stage.startswith("evaluate_"):
                 solved = right if stage == "evaluate_rl" else [False] * len(right)
                 share = sum(solved) / len(solved)
@@ -132,8 +140,6 @@ def words(blocks: Sequence[Any]) -> list[str]:
                 said += [f"{tile.title}: {tile.figure}; {tile.below}" for tile in block.tiles]
             case Table():
                 said += [" | ".join(row) for row in [block.columns, *block.rows]]
-            case Items():
-                said += block.items
             case Fold():
                 said += [block.title, *words(block.blocks)]
     return said
@@ -178,7 +184,11 @@ def test_a_finished_run_is_told_in_order(tmp_path: Path) -> None:
         in (evaluated)
     )
     said = section(found, "What the model says")
-    assert " Paris" in said and said.index("Solved best: How many? 0") < said.index("Solved worst: How many? 19")
+    # of each stage the first, the last and some between, in order
+    assert re.findall(r" (base|mid|sft|rl) (\d+)$", said, re.MULTILINE) == [
+        (stage, step) for stage in TRAINED for step in ("0", "20", "40", "60", "90")
+    ]
+    assert said.index("Solved best: How many? 0") < said.index("Solved worst: How many? 19")
     read = section(found, "Data")
     assert "corpus | 100 | 93 | 5" in read and "corpus | empty | 2" in read and "tokens of them | 12,345" in read
     assert section(found, "Incidents") == "None on record."
@@ -228,14 +238,16 @@ def test_a_run_that_failed_half_way_has_a_report(tmp_path: Path) -> None:
     place.write_bytes(METRICS, text.encode())
     entry = FileEntry(METRICS, len(text), sha256(text.encode()).hexdigest())
     manifests.write(place, Manifest("r", "base", [entry], identity_of("base", made.config), metrics={"step": 60}))
-    notes = ["a worker was lost after step 30: starting again from the newest checkpoint", "attention sdpa: on a CPU"]
-    progress = {"state": "failed", "error": "disk full", "step": 63, "steps": 120, "notes": notes}
+    lost = {"kind": "lost worker", "text": "a worker was lost after step 30", "at": "2026-05-01T10:00:00+00:00"}
+    notes = [lost["text"], "attention sdpa: the only one that is not lost on a CPU"]
+    progress = {"state": "failed", "error": "disk full", "step": 63, "steps": 120, "notes": notes, "incidents": [lost]}
     base.write_json("progress.json", progress)
     found = made.report()
     assert tuple(s.title for s in found.sections) == SECTIONS
     assert "What went wrong: base failed; disk full" in section(found, "At a glance")
     happened = section(found, "Incidents")
-    assert "base: a worker was lost after step 30" in happened and "base failed: disk full" in happened
+    assert "2026-05-01 10:00:00 | base | lost worker | a worker was lost after step 30" in happened
+    assert " | base | failed | disk full" in happened
     assert "attention" not in happened
     html = page(found)
     assert curves(html)["Loss"]["series"][0]["x"][-1] == 59
@@ -252,22 +264,33 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
 def test_attempts_are_told_with_their_times(tmp_path: Path) -> None:
     made = Made(tmp_path).whole()
     killed = Diary(made.store.storage, ["--preset", "demo"], {"base": "run"}, "2 CPU cores (X)")
-    killed.tell("base", "out of memory: device_batch_size is now 16, with more accumulation")
-    killed.tell("base", "attention sdpa: the only one on a CPU")
+    short = Incident(kind="out of memory", text="device_batch_size is now 16", at="2026-05-01T10:00:00+00:00")
+    lost = Incident(kind="lost worker", text="a worker was lost after step 30", at="2026-05-01T10:05:00+00:00")
+    killed.tell("base", [short])
+    killed.tell("base", [short, lost])
     with Diary(made.store.storage, ["--preset", "demo"], {"base": "resume from step 30"}, "2 CPU cores (X)") as second:
+        second.tell("rl", [Incident(kind="replaced actor", text="rollout actor 0 died")])
         second.end("done")
     with pytest.raises(KeyboardInterrupt), Diary(made.store.storage, [], {}, "2 CPU cores (X)"):
         raise KeyboardInterrupt
+    # an artifact has them, too, and what the driver did not live to see
+    unseen = Incident(kind="early stopping", text="val_bpb was lowest at step 60", at="2026-05-01T10:06:00+00:00")
+    stats = {"incidents": [incident.model_dump() for incident in (short, lost, unseen)]}
+    made.done("base", {METRICS: records("base", 120)}, stats=stats)
     found = made.report()
-    lines = section(found, "Incidents").split("\n")
-    said = [line.split(": ", 1)[1] for line in lines]
-    assert said == [
-        "base: out of memory: device_batch_size is now 16, with more accumulation",
-        "this attempt ended without a word: killed, or its machine was lost",
-        "went on with base (resume from step 30)",
-        "interrupted",
+    rows = [line.split(" | ") for line in section(found, "Incidents").split("\n")[1:]]
+    assert [row[1:] for row in rows] == [
+        ["base", "out of memory", "device_batch_size is now 16"],
+        ["base", "lost worker", "a worker was lost after step 30"],
+        ["base", "early stopping", "val_bpb was lowest at step 60"],
+        ["", "killed", "this attempt, begun then, ended without a word: killed, or its machine was lost"],
+        ["base", "resumed", "from step 30"],
+        ["rl", "replaced actor", "rollout actor 0 died"],
+        ["", "stopped", "interrupted"],
     ]
-    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", line) for line in lines)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", row[0]) for row in rows)
+    first = section(found, "At a glance")
+    assert "7 incident(s); 1 out of memory, 1 lost worker" in first and "1 resumed" in first
     assert "on 2 CPU cores (X)" in section(found, "At a glance")
     assert "fathom run --preset demo" in section(found, "Doing it again")
 
@@ -281,8 +304,8 @@ def test_steps_that_were_skipped_and_values_that_were_lost_are_incidents(tmp_pat
     text = "\n".join(lines)
     made.done("base", {METRICS: text})
     said = section(made.report(), "Incidents")
-    assert "1 step(s) skipped, as their gradients were not finite: 7" in said
-    assert "loss was not finite at 1 step(s): 9" in said
+    assert "base | skipped steps | 1 step(s): skipped, as the gradient was not finite: 7, the first after 8s of" in said
+    assert "base | not finite | 1 step(s): loss was not finite: 9" in said
     assert f"1 lines of {METRICS} are no records" in said
 
 
@@ -378,6 +401,25 @@ def test_the_smoothed_line_is_a_mean_of_neighbours(values: list[float]) -> None:
     assert smoothed(steps[:20], of[:20]) is None
 
 
+def asked(right: Sequence[bool], labels: Sequence[str] = ("arc_easy", "boolq")) -> dict[str, str]:
+    """tasks.json and examples.jsonl of an evaluation, each of whose labels has the same questions."""
+    tasks = {"core_labels": [*labels], "tasks": {name: {"baseline": 0.25 * i} for i, name in enumerate(labels)}}
+    lines = [{"task": name, "index": i, "correct": r, "scores": []} for name in labels for i, r in enumerate(right)]
+    return {"tasks.json": json.dumps(tasks), "examples.jsonl": "".join(json.dumps(line) + "\n" for line in lines)}
+
+
+def test_the_difference_of_core_has_the_significance_that_evaluate_gives_it(tmp_path: Path) -> None:
+    """By all its questions together; and none where it is a mean of other labels."""
+    first, second = ([i % 3 > 0 for i in range(60)], [i % 3 > 0 or i < 12 for i in range(60)])
+    runs = [Made(tmp_path, name) for name in ("a", "b", "c")]
+    for made, right, labels in zip(runs, (first, second, second), (None, None, ("piqa", "boolq")), strict=True):
+        made.done("evaluate_base", asked(right, labels) if labels else asked(right), metrics={"core": sum(right) / 60})
+    text = markdown(comparison([facts.collect(made.store) for made in runs], Known()))
+    signs = [after - before for before, after in zip(first, second, strict=True)]
+    _, p = core_difference([(0.0, signs), (0.25, signs)])
+    assert 0.001 < p < 0.1 and f"+0.067, p = {p:.3f} | 0.7333<br>+0.067 |" in text
+
+
 def test_runs_are_laid_over_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Curves by run, what differs in settings, and how likely the difference of evaluations is chance."""
     Made(tmp_path, "a").whole()
@@ -437,7 +479,7 @@ def test_what_lies_in_storage_costs_a_report_no_more_than_its_own_part(tmp_path:
     found = made.report()
     said = section(found, "Incidents")
     assert "3 lines of" in said and "completions.jsonl are of another form" in said
-    assert f"5 lines of {METRICS} are no records" in said and "mid failed" in said
+    assert f"5 lines of {METRICS} are no records" in said and "mid | failed" in said
     assert "Loss" in curves(page(found))  # of the other stages
 
 
@@ -445,7 +487,7 @@ FILES = {
     "base": ("manifest.json", METRICS),
     "mid": ("manifest.json", "progress.json"),
     "evaluate_sft": ("manifest.json", "completions.jsonl"),
-    "evaluate_base": ("samples.jsonl",),
+    "sft": (SAMPLES,),
     "ingest": ("manifest.json",),
     "": ("attempts.json", "config.json"),
 }
@@ -482,7 +524,13 @@ def test_whatever_lies_in_storage_there_is_a_report_or_one_message(data: st.Data
 def test_the_report_of_a_run_lies_beside_its_artifacts(tmp_path: Path) -> None:
     made = Made(tmp_path).whole()
     assert keep(made.store) == f"{made.store.storage.uri}/report/report.html"
-    assert {*made.store.stage("report").list()} == {"report.html", "report.md"}
+    place = made.store.stage("report")
+    assert {*place.list()} == {"manifest.json", "report.html", "report.md"}
+    kept = manifests.read(place)
+    assert kept is not None and kept.stage == "report" and {*kept.upstream} == {*stage_names(made.config)}
+    manifests.verify(place, kept)
+    keep(made.store)
+    assert manifests.read(place) != kept, "it is made anew"
 
 
 def test_an_unwritten_diary_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,7 +540,7 @@ def test_an_unwritten_diary_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     store = Made(tmp_path).store
     monkeypatch.setattr(Storage, "write_json", full)
     with Diary(store.storage, [], {}, "") as diary:
-        diary.tell("base", "a note")
+        diary.tell("base", [Incident(kind="lost worker", text="a worker was lost")])
         diary.end("done")
     assert attempts(store.storage) == []
 

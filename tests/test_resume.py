@@ -39,6 +39,8 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_been(line: Run, tmp_path: Path
     assert run.lasting(stage) == line.lasting(stage)
     # Down to the times it took, the steps before the checkpoint are those of the killed command.
     assert recorded and (run.path / stage / "metrics.jsonl").read_text().startswith(recorded)
+    said = f"{stage}/samples.jsonl"
+    assert (run.path / said).read_bytes() == (line.path / said).read_bytes()
     weights = f"{stage}/model.safetensors"
     assert (run.path / weights).read_bytes() == (line.path / weights).read_bytes()
     made = run.manifests()
@@ -46,7 +48,7 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_been(line: Run, tmp_path: Path
     beside = [".fathom-run", "config.json", "attempts.json", "report"]
     assert sorted(p.name for p in run.path.iterdir()) == sorted([*UPSTREAM[stage], stage, *beside])
     page = (run.path / "report/report.html").read_text()
-    assert f"went on with {stage} (resume from step {step})" in page and "ended without a word" in page
+    assert f"<td>{stage}</td><td>resumed</td><td>from step {step}</td>" in page and "ended without a word" in page
 
 
 def test_a_stage_that_raises_leaves_the_others_done_and_only_it_is_made_again(line: Run, tmp_path: Path) -> None:

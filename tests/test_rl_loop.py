@@ -440,6 +440,8 @@ def test_rl_recovers_from_a_lost_learner_a_dead_actor_and_one_that_hangs(line: R
     result = command.finish(300)
     assert result.code == 0, result.output
     assert "a worker was lost" in result.output and "a new one takes over" in result.output
+    kept = json.loads(run.manifests()["rl"])["stats"]["incidents"]
+    assert [incident["kind"] for incident in kept] == ["lost worker", "replaced actor", "replaced actor"]
     assert not result.left_behind
     assert not learner.is_running() and not dead.is_running() and not hung.is_running()
     records, undisturbed = run.lasting("rl"), line.lasting("rl")

@@ -104,6 +104,7 @@ def run(
     model: LanguageModel | None = None,
     validate: Callable[[LanguageModel], float | dict[str, float]] = lambda _: math.nan,
     schedule: Schedule | None = None,
+    speak: tuple[int, Callable[[LanguageModel], list[dict[str, str]]]] | None = None,
 ) -> tuple[LanguageModel, Reporter]:
     """One attempt of a run whose stage lies at `path`; `validate` gives val_bpb. Raises Killed in the validation of
     step `stop_at`."""
@@ -123,7 +124,7 @@ def run(
     schedule = schedule or Schedule(
         STEPS, warmup_ratio=config.warmup_ratio, warmdown_ratio=config.warmdown_ratio, shape=config.schedule or "wsd"
     )
-    train(model, rows, config, schedule, 0, world, checkpoints, reporter, count)
+    train(model, rows, config, schedule, 0, world, checkpoints, reporter, count, speak=speak)
     reporter.close()
     return model, reporter
 
@@ -202,6 +203,30 @@ def test_a_checkpoint_without_a_manifest_is_ignored_and_removed(rows: Rows, tmp_
     assert not storage.list(manifest.checkpoint_path(10))
     resumed, record_of_both = run(tmp_path / "broken", rows)
     assert losses(record_of_both) == losses(record) and same_weights(resumed, whole)
+
+
+@pytest.mark.parametrize("every", [3, STOP, 0])
+def test_what_the_model_said_is_kept_once_of_each_step_whenever_it_is_killed(
+    rows: Rows, tmp_path: Path, every: int
+) -> None:
+    """Though what was said after the checkpoint was said before the kill, too; and training is what it is without."""
+
+    def said(model: LanguageModel) -> list[dict[str, str]]:
+        return [{"prompt": "sum", "text": str(model.lm_head.weight.sum().item())}]
+
+    silent, record = run(tmp_path / "silent", rows)
+    whole, spoken = run(tmp_path / "whole", rows, speak=(every, said))
+    assert losses(spoken) == losses(record) and same_weights(whole, silent)
+    assert not record.samples and [s["step"] for s in spoken.samples] == [
+        *(range(0, STEPS, every) if every else ()),
+        STEPS,
+    ]
+    with pytest.raises(Killed):
+        run(tmp_path / "broken", rows, stop_at=2 * STOP, speak=(every, said))
+    with pytest.raises(Killed):  # in its first validation, which comes after the restore
+        run(tmp_path / "broken", rows, stop_at=0, speak=(every, said))
+    _, resumed = run(tmp_path / "broken", rows, speak=(every, said))
+    assert resumed.samples == spoken.samples
 
 
 def truncate(file: Path) -> None:
@@ -315,6 +340,7 @@ def test_a_checkpoint_that_is_whole_but_does_not_fit_is_passed_over(
     assert losses(record_of_both) == losses(record) and same_weights(resumed, whole)
     [note] = [note for note in record_of_both.notes if "passed over" in note]
     assert note.startswith("checkpoint 10 is passed over, training goes on from step 5")
+    assert [(i.kind, i.text) for i in record_of_both.incidents] == [("damaged checkpoint", note)]
     assert manifest.checkpoint_path(2 * STOP) in note and "weights_only" not in note
 
 
@@ -798,6 +824,7 @@ def test_early_stopping_ends_the_run_and_the_best_weights_are_kept(rows: Rows, t
     model, reporter = run(tmp_path / "run", rows, config, validate=lambda _: next(scores))
     assert [r["val_bpb"] for r in reporter.records if "val_bpb" in r] == [5.0, 4.0, 3.0, 3.5, 3.2, 3.1]
     assert any("early stopping: val_bpb was lowest at step 2" in note for note in reporter.notes)
+    assert [incident.kind for incident in reporter.incidents] == ["early stopping"]
     short, _ = run(tmp_path / "short", rows, config.model_copy(update={"early_stopping": 0}), schedule=FIRST_TWO)
     assert same_weights(model, short), "the weights are not those of step 2"
     assert [step for step, _ in manifest.checkpoints(Storage(tmp_path / "run"))] == [2, 5]
@@ -1152,7 +1179,7 @@ def test_a_run_of_the_loop_records_what_it_takes_and_learns_the_same(
 
 def test_what_others_see_of_a_stage_is_the_newest_of_every_figure(tmp_path: Path) -> None:
     reporter = Reporter(Storage(tmp_path), 9)
-    reporter.go_on([{"step": 0, "val_bpb": 3.0, "loss": 2.0}, {"step": 1, "loss": 1.5, "skipped": True}], 60.0)
+    reporter.go_on([{"step": 0, "val_bpb": 3.0, "loss": 2.0}, {"step": 1, "loss": 1.5, "skipped": True}], [], 60.0)
     reporter.log(2, loss=torch.tensor(1.25), grad_norm=0.5)
     reporter.close()
     progress = json.loads((tmp_path / "progress.json").read_text())

@@ -47,11 +47,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Items:
-    items: list[str]
-
-
-@dataclass(frozen=True)
 class Code:
     """Shown as it is, in lines of its own."""
 
@@ -102,7 +97,7 @@ class Fold:
     blocks: list[Block]
 
 
-Block = Text | Tiles | Table | Items | Code | Charts | Fold
+Block = Text | Tiles | Table | Code | Charts | Fold
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pipeline.reporting.blocks import (
     Code,
     Document,
     Fold,
-    Items,
     Kind,
     Section,
     Table,
@@ -28,6 +27,7 @@ from pipeline.reporting.document import (
     cost,
     difference,
     figures_of,
+    happened,
     hardware,
     how_good,
     incidents,
@@ -137,5 +137,4 @@ def _settings(runs: list[RunFacts]) -> list[Block]:
 
 
 def _incidents(run: RunFacts) -> list[Block]:
-    found = incidents(run)
-    return [Text(f"{run.name}:"), Items(found)] if found else [Text(f"{run.name}: none on record.", "good")]
+    return [Fold(run.name, [happened(found)]) if (found := incidents(run)) else Text(f"{run.name}: none.", "good")]

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from cluster.hardware import Gpus
 from corpus import left_out
 from pipeline.config import Config, ConfigError, load_config, preset_about, preset_names
@@ -18,7 +20,6 @@ from pipeline.reporting.blocks import (
     Code,
     Document,
     Fold,
-    Items,
     Section,
     Table,
     Text,
@@ -31,12 +32,13 @@ from pipeline.timing import Calibration
 from pipeline.tracking import duration, key_metrics
 from stages.config import FOUND
 from stages.report import readable
-from tasks.estimates import paired
+from tasks.estimates import core_difference, paired
 
 HEADLINES = ("greedy", "chatcore", "core", "val_bpb_full", "val_bpb_mid_full", "val_bpb_sft_full")
 MOST_TEXT = 1_500  # characters of a sample that are shown
 MOST_SETTINGS = 200
 EXAMPLES = 3  # of the best, and of the worst
+SAID = 5  # samples of a stage to a prompt: the first, the last, and some between
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def report(run: RunFacts, known: Known) -> Document:
         Section("Curves", curves(run, most)),
         Section("What the model says", samples(run)),
         Section("Data", data(run)),
-        Section("Incidents", [Items(lines) if (lines := incidents(run)) else Text("None on record.", "good")]),
+        Section("Incidents", [happened(incidents(run))]),
         Section("Settings that differ from the defaults", settings(run)),
         Section("Doing it again", again(run)),
     ]
@@ -76,10 +78,11 @@ def first_screen(run: RunFacts, known: Known) -> Tiles:
         wrong = Tile("What went wrong", f"{failed[0].name} {failed[0].state}", cut(failed[0].error or "", 200), "bad")
     elif unfinished:
         done = f"{len(run.stages) - len(unfinished)} of {len(run.stages)} stages are done"
-        more = f"; {len(found)} incident(s): {cut(found[0], 120)}" if found else ""
+        more = f"; {counted(found)}: {cut(found[0].line, 120)}" if found else ""
         wrong = Tile("What went wrong", f"not finished: {run.state}", done + more, "bad" if found else "plain")
     elif found:
-        wrong = Tile("What went wrong", f"{len(found)} incident(s)", cut(found[0], 160), "bad")
+        first = f"; the first: {cut(found[0].line, 120)}" if len(found) > 1 else f": {cut(found[0].line, 120)}"
+        wrong = Tile("What went wrong", f"{len(found)} incident(s)", counted(found) + first, "bad")
     else:
         wrong = Tile("What went wrong", "nothing", "every stage is done, with no incident on record", "good")
     usd = cost(run, known)
@@ -351,9 +354,27 @@ def difference(before: float, after: float) -> str:
 
 
 def chance(name: str, before: StageFacts, after: StageFacts) -> str:
-    """How likely the difference of a share is chance, where the questions' outcomes are kept; else nothing."""
-    found = paired(outcomes(before, name), outcomes(after, name))
+    """How likely the difference of a share, or of a mean of several tasks' scores, is chance, where the questions'
+    outcomes are kept; else nothing."""
+    if name in ("core", "chatcore"):
+        found = of_tasks(before, after, "core_labels" if name == "core" else "chatcore_tasks")
+    else:
+        found = paired(outcomes(before, name), outcomes(after, name))
     return f", {probability(found[1])}" if found else ""
+
+
+def of_tasks(before: StageFacts, after: StageFacts, names: str) -> tuple[float, float] | None:
+    """`core_difference` of the tasks that `names` lists, None where these are not the same of both."""
+    tasks, signs = getattr(after.asked, names), dict[str, list[int]]()
+    if not tasks or sorted(tasks) != sorted(getattr(before.asked, names)):
+        return None
+    earlier = {(e.task, e.index): e.correct for e in before.examples}
+    for e in after.examples:
+        if (e.task, e.index) in earlier:
+            signs.setdefault(e.task, []).append(e.correct - earlier[e.task, e.index])
+    if any(task not in signs or task not in after.asked.tasks for task in tasks):
+        return None
+    return core_difference([(after.asked.tasks[task].baseline, signs[task]) for task in tasks])
 
 
 def probability(p: float) -> str:
@@ -382,12 +403,11 @@ def samples(run: RunFacts) -> list[Block]:
     blocks: list[Block] = []
     spoken = [stage for stage in run.stages if stage.samples]
     for prompt in dict.fromkeys(sample.prompt for stage in spoken for sample in stage.samples):
-        said: list[Block] = [
-            Code(cut(sample.text, MOST_TEXT), f"after {of(stage)}")
-            for stage in spoken
-            for sample in stage.samples
-            if sample.prompt == prompt
-        ]
+        said = list[Block]()
+        for stage in spoken:
+            mine = [sample for sample in stage.samples if sample.prompt == prompt]
+            for i in np.unique(np.linspace(0, len(mine) - 1, SAID).astype(int)) if mine else ():
+                said.append(Code(cut(readable(mine[i].text), MOST_TEXT), f"{stage.name}, step {mine[i].step:,}"))
         blocks.append(Fold(f"Prompt: {prompt or '(nothing)'}", said))
     asked = [stage for stage in run.stages if stage.answered]
     if asked:
@@ -396,7 +416,7 @@ def samples(run: RunFacts) -> list[Block]:
         for title, problems in (("Solved best", best), ("Solved worst", worst)):
             for problem in problems:
                 blocks.append(_problem(title, problem, asked))
-    return blocks or [Text("No evaluation has kept what the model said.")]
+    return blocks or [Text("Nothing that the model said is kept.")]
 
 
 def _problem(title: str, problem: Answered, asked: list[StageFacts]) -> Fold:
@@ -466,44 +486,68 @@ def _or(value: Any) -> str:
 # --- what happened ---
 
 
-def incidents(run: RunFacts) -> list[str]:
-    """All that did not go as it should, with its time where that is known."""
+@dataclass(frozen=True)
+class Happened:
+    """What did not go as it should: when (UTC; empty where nothing says so), in which stage, of what kind."""
+
+    at: str
+    stage: str
+    kind: str
+    text: str
+
+    @property
+    def line(self) -> str:
+        return f"{self.stage}: {self.text}" if self.stage else self.text
+
+
+def incidents(run: RunFacts) -> list[Happened]:
+    """All that did not go as it should, the oldest first; what has no time comes last."""
     found = []
     for i, attempt in enumerate(run.attempts):
-        resumed = [f"{name} ({what})" for name, what in attempt.actions.items() if what.startswith("resume")]
-        if resumed:
-            found.append(f"{attempt.began}: went on with {', '.join(resumed)}")
-        found += [f"{told.at}: {told.stage}: {told.text}" for told in attempt.told if is_incident(told.text)]
+        for name, what in attempt.actions.items():
+            if what.startswith("resume"):
+                found.append(Happened(attempt.began, name, "resumed", what.removeprefix("resume ")))
+        found += [Happened(told.at, told.stage, told.kind, told.text) for told in attempt.incidents]
         if attempt.ended is None and (i + 1 < len(run.attempts) or run.state != "running"):
-            found.append(f"{attempt.began}: this attempt ended without a word: killed, or its machine was lost")
+            text = "this attempt, begun then, ended without a word: killed, or its machine was lost"
+            found.append(Happened(attempt.began, "", "killed", text))
         elif attempt.outcome not in (None, "done"):
-            found.append(f"{attempt.ended}: {attempt.outcome}")
-    told = {line.text for attempt in run.attempts for line in attempt.told}
+            stopped = attempt.outcome in ("stopped as asked", "interrupted")
+            found.append(Happened(attempt.ended or "", "", "stopped" if stopped else "failed", attempt.outcome or ""))
     for stage in run.stages:
-        notes = [*stage.notes, *(stage.stats.get("notes", []) if not stage.name.startswith("evaluate_") else [])]
-        found += [f"{stage.name}: {note}" for note in notes if note not in told and is_incident(note)]
-        if stage.error and not any(stage.error in line for line in found):  # where its attempt has not told it
-            found.append(f"{stage.name} {stage.state}: {stage.error}")
-        if "skipped" in stage.columns:
-            at = stage.columns["skipped"][0][stage.columns["skipped"][1] > 0].astype(int).tolist()
-            if at:
-                found.append(
-                    f"{stage.name}: {len(at):,} step(s) skipped, as their gradients were not finite: {listed(at)}"
-                )
-        for name, steps in stage.lost_values.items():
-            found.append(f"{stage.name}: {name} was not finite at {len(steps):,} step(s): {listed(steps)}")
-        if "actors_replaced" in stage.columns and (lost := stage.columns["actors_replaced"][1].max()) > 0:
-            found.append(f"{stage.name}: {lost:,.0f} rollout actor(s) died or hung, and were replaced")
-    return found + [f"unread: {line}" for line in run.unread]
+        found += [Happened(told.at, stage.name, told.kind, told.text) for told in stage.incidents]
+        if stage.error and not any(stage.error in one.text for one in found):  # where its attempt has not told it
+            found.append(Happened("", stage.name, stage.state, stage.error))
+        found += _of_record(stage)
+    found += [Happened("", "", "unread", line) for line in run.unread]
+    return sorted(dict.fromkeys(found), key=lambda one: (not one.at, one.at))
 
 
-def is_incident(note: str) -> bool:
-    """Whether a note of a stage says that something went wrong; others say how it was set up, or what was left out."""
-    signs = (
-        "lost", "out of memory", "passed over", "starting again", "could not be asked", "early stopping", "replaced",
-        "died", "hung", "failed", "not finite", "is unwritten", "damaged",
-    )  # fmt: skip
-    return any(sign in note.lower() for sign in signs)
+def _of_record(stage: StageFacts) -> list[Happened]:
+    """What a stage's record says of its steps, with how long it had trained by then."""
+    lost = [(name, f"{name} was not finite", steps) for name, steps in stage.lost_values.items()]
+    if "skipped" in stage.columns:
+        steps = stage.columns["skipped"][0][stage.columns["skipped"][1] > 0].astype(int).tolist()
+        lost.insert(0, ("skipped steps", "skipped, as the gradient was not finite", steps))
+    found = []
+    for kind, what, steps in lost:
+        if steps:
+            hours = np.interp(steps[0], stage.steps, stage.hours) if len(stage.steps) else math.nan
+            after = f", the first after {duration(3600 * hours)} of steps" if math.isfinite(hours) else ""
+            kind = kind if kind == "skipped steps" else "not finite"
+            found.append(Happened("", stage.name, kind, f"{len(steps):,} step(s): {what}: {listed(steps)}{after}"))
+    return found
+
+
+def counted(found: list[Happened]) -> str:
+    """How many there are of each kind."""
+    kinds = [one.kind for one in found]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+def happened(found: list[Happened]) -> Block:
+    rows = [[one.at.replace("T", " ").removesuffix("+00:00"), one.stage, one.kind, one.text] for one in found]
+    return Table(["time (UTC)", "stage", "what", ""], rows) if rows else Text("None on record.", "good")
 
 
 def listed(steps: list[int]) -> str:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cluster import manifest as manifests
-from cluster.manifest import METRICS
+from cluster.manifest import METRICS, SAMPLES, Incident, Stats
 from cluster.storage import Storage, StorageError
 from pipeline.artifacts import RunStore, StageState
 from pipeline.attempts import Attempt, attempts
@@ -60,10 +60,11 @@ class Answered(BaseModel):
 
 
 class Sample(BaseModel):
-    """How a model goes on from a prompt."""
+    """What a model had to say to a prompt, after so many steps of its stage."""
 
     model_config = ConfigDict(extra="ignore")
 
+    step: int
     prompt: str
     text: str
 
@@ -76,6 +77,20 @@ class Example(BaseModel):
     task: str
     index: int
     correct: bool
+
+
+class Baseline(BaseModel):
+    """What guessing scores in a task."""
+
+    baseline: float = Field(0.0, ge=0, lt=1)
+
+
+class TasksAsked(BaseModel):
+    """The tasks of an evaluation by name, and of which of them its scores are means."""
+
+    core_labels: list[str] = []
+    chatcore_tasks: list[str] = []
+    tasks: dict[str, Baseline] = {}
 
 
 @dataclass
@@ -93,7 +108,7 @@ class StageFacts:
     step: int | None = None
     steps_planned: int | None = None
     error: str | None = None
-    notes: list[str] = field(default_factory=list)
+    incidents: list[Incident] = field(default_factory=list)
     columns: Columns = field(default_factory=dict)
     lost_values: dict[str, list[int]] = field(default_factory=dict)  # steps at which a figure was not finite
     steps: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -102,6 +117,7 @@ class StageFacts:
     answered: list[Answered] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+    asked: TasksAsked = field(default_factory=lambda: TasksAsked())
 
     def last(self, name: str, share: float = 0.05) -> float | None:
         """The mean of the last values of a figure, a twentieth of them."""
@@ -154,29 +170,32 @@ def _stage(store: RunStore, state: StageState, config: Config | None, unread: li
     facts = StageFacts(state.name, state.state, error=state.error)
     progress, made, place = state.progress, state.manifest, store.stage(state.name)
     if progress is not None:
-        facts.seconds, facts.notes = progress.seconds, progress.notes
+        facts.seconds, facts.incidents = progress.seconds, progress.incidents
         facts.step, facts.steps_planned = progress.step, progress.steps
         facts.metrics = _numbers(progress.metrics)
     if made is not None:
         facts.seconds, facts.created, facts.error = made.seconds, made.created, None
         facts.stats, facts.versions, facts.metrics = made.stats, made.versions, _numbers(made.metrics)
         facts.step = facts.steps_planned = None
+        facts.incidents = Stats.model_validate(made.stats).incidents
     elif state.checkpoint_step is not None:
         facts.step = max(facts.step or 0, state.checkpoint_step)
     facts.error = facts.error or ("; ".join(state.drift) if state.state == "drifted" else None)
     wanted = [place]  # of a stage under way its record may be newer than its checkpoint's
     if state.checkpoint_step is not None:
         wanted.append(place.at(manifests.checkpoint_path(state.checkpoint_step)))
-    text = next((text for where in wanted if (text := _text(where, METRICS, unread)) is not None), None)
-    if text is not None:
+    found = ((where, text) for where in wanted if (text := _text(where, METRICS, unread)) is not None)
+    if (record := next(found, None)) is not None:
+        where, text = record
+        facts.samples = _lines(where, SAMPLES, Sample, unread)
         facts.columns, facts.lost_values, bad = columns_of(text)
         if bad:
             unread.append(f"{state.name}: {bad:,} lines of {METRICS} are no records")
         _lay_axes(facts, config)
     if made is not None and state.name.startswith("evaluate_"):
         facts.answered = _lines(place, "completions.jsonl", Answered, unread)
-        facts.samples = _lines(place, "samples.jsonl", Sample, unread)
         facts.examples = _lines(place, "examples.jsonl", Example, unread)
+        facts.asked = _asked(place, unread)
     return facts
 
 
@@ -249,6 +268,15 @@ def _text(place: Storage, path: str, unread: list[str]) -> str | None:
     except (OSError, StorageError) as error:
         unread.append(f"{place.uri}/{path} cannot be read: {error}")
         return None
+
+
+def _asked(place: Storage, unread: list[str]) -> TasksAsked:
+    text = _text(place, "tasks.json", unread)
+    try:
+        return TasksAsked.model_validate_json(text) if text is not None else TasksAsked()
+    except ValidationError:
+        unread.append(f"{place.uri}/tasks.json is of another form")
+        return TasksAsked()
 
 
 def _lines(place: Storage, path: str, kind: type[Value], unread: list[str]) -> list[Value]:

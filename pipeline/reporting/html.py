@@ -22,7 +22,6 @@ from pipeline.reporting.blocks import (
     Code,
     Document,
     Fold,
-    Items,
     Series,
     Table,
     Text,
@@ -127,8 +126,6 @@ def _block(block: Block, curves: Curves) -> str:
             return f'<div class="tiles">{"".join(tiles)}</div>'
         case Table():
             return _table(block)
-        case Items():
-            return f"<ul>{''.join(f'<li>{text(item)}</li>' for item in block.items)}</ul>"
         case Code():
             title = f"<figcaption>{text(block.title)}</figcaption>" if block.title else ""
             return f'<figure class="code">{title}<pre tabindex="0">{text(block.text)}</pre></figure>'

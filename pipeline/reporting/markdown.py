@@ -13,7 +13,6 @@ from pipeline.reporting.blocks import (
     Code,
     Document,
     Fold,
-    Items,
     Section,
     Series,
     Table,
@@ -51,8 +50,6 @@ def _block(block: Block) -> str:
             return "\n".join(f"- **{text(t.title)}**: {text(t.figure)} ({text(t.below)})" for t in block.tiles)
         case Table():
             return _table(block)
-        case Items():
-            return "\n".join(f"- {text(item)}" for item in block.items)
         case Code():
             longest = max((len(run) for run in re.findall("`+", block.text)), default=0)
             fence = "`" * max(3, longest + 1)

@@ -24,6 +24,7 @@ from cluster.resources import Devices
 from cluster.storage import Storage
 from models.hf import check_weights, read_spec
 from stages.config import EvaluateConfig
+from stages.context import Say, warn
 from stages.evaluate import graded, sampling
 from stages.evaluation.pool import ScorePool
 from stages.evaluation.ranked import Asked, ask
@@ -165,7 +166,7 @@ def measure(
     actors: int,
     config: EvaluateConfig,
     precision: str = "auto",
-    say: Callable[[str], None] = logger.warning,
+    say: Say = warn,
     writers: RolloutPool | None = None,
     progress: Callable[[str, int, int | None], None] = lambda task, done, of: None,
 ) -> Iterator[tuple[str, Figures | str, Examples]]:
@@ -232,7 +233,7 @@ def _written(
     model: Path,
     task: GeneratedTask,
     limit: int | None,
-    say: Callable[[str], None],
+    say: Say,
     progress: Callable[[str, int, int | None], None],
 ) -> tuple[Figures, Examples]:
     """Figures and examples of a task whose answers `pool` writes. A problem that leaves no room for an answer in the

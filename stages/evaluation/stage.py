@@ -11,13 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
 from cluster import manifest
 from cluster.resources import Devices, resources
-from corpus.tokenizers import DOCUMENT_ENDS, Tokenizer, UnknownCharacterError
-from models.generate import Turns, generate
-from models.hf import from_pretrained, read_spec
 from stages import report
 from stages.config import EvaluateConfig
 from stages.context import ANSWERS, StageContext
@@ -42,18 +38,6 @@ from tasks.environments import EnvironmentFile
 from tasks.generated import GeneratedTask
 from tasks.suite import CHATCORE, Suite, Task, chosen, suite
 
-# what a base model is to go on from, the same for every run
-PROMPTS = (
-    "",
-    "The capital of France is",
-    "The opposite of hot is",
-    "If yesterday was Friday, then tomorrow will be",
-    "The planets of the solar system are",
-    "Once upon a time there was",
-    "If 5*x + 3 = 13, then x is",
-    "My favourite colour is",
-)
-SAMPLE_TOKENS = 48
 TELL_SECONDS = 2.0  # between two reports of progress
 
 Problems = tuple[EnvironmentFile | None, float]  # as `stages.evaluate.opened` takes them
@@ -77,8 +61,7 @@ def run(
     with context.scratch() as directory:
         if problems is None:
             on_device = ray.remote(num_cpus=0, num_gpus=int(devices.kind == "cuda"))
-            metrics, gone_on = ray.get(on_device(_measure_text).remote(context, source, devices))
-            _write_lines(directory / "samples.jsonl", gone_on)
+            metrics = ray.get(on_device(measure_text).remote(context, source, devices))
         else:
             with (
                 opened(context, *problems) as environment,
@@ -105,12 +88,6 @@ def asked_of(source: str, config: EvaluateConfig) -> Suite:
     """What the model of stage `source` is asked beside the run's own problems."""
     names = chosen(config.tasks, config.data, chat=source != "base")
     return suite(names, config.data, unsafe=config.unsafe_sandbox)
-
-
-def _measure_text(
-    context: StageContext, source: str, devices: Devices
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    return measure_text(context, source, devices), samples(context.fetch(source), devices)
 
 
 class Answers:
@@ -170,7 +147,7 @@ class Answers:
             self.faults |= {task.name: in_words(error) for task in tasks if task.name not in answered}
         for task in tasks:
             if task.name in self.faults:
-                self._context.note(f"{task.name} could not be asked: {self.faults[task.name]}")
+                self._context.note(f"{task.name} could not be asked: {self.faults[task.name]}", "not asked")
 
 
 def headline(found: Summary) -> dict[str, float]:
@@ -200,24 +177,6 @@ def told(found: Summary, limit: int | None) -> list[str]:
         words.append(f"{name} {figures['accuracy']:.3f} ({figures['low']:.3f}-{figures['high']:.3f})")
     missing = lacking(found["core_incomplete"])
     return [", ".join(words), *([missing] if missing else [])]
-
-
-def samples(directory: Path, devices: Devices) -> list[dict[str, Any]]:
-    """How the model goes on from those of PROMPTS that its tokenizer can write, taking the likeliest token every
-    time."""
-    torch.set_num_threads(devices.threads(1))
-    model = from_pretrained(directory).to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = Tokenizer.load(directory)
-    room = read_spec(directory).sequence_len - 1
-    prompts: dict[str, list[int]] = {}
-    for prompt in PROMPTS:
-        with contextlib.suppress(UnknownCharacterError):  # `chars` knows those of the corpus
-            prompts[prompt] = [tokenizer.bos, *tokenizer.encode(prompt)][:room]
-    turns = Turns((tokenizer.special(DOCUMENT_ENDS[0]),), None, lambda _: [])
-    seeds = [(i,) for i in range(len(prompts))]
-    groups = generate(model, turns, [*prompts.values()], seeds, 1, SAMPLE_TOKENS, greedy=True)
-    texts = [tokenizer.decode(completion.tokens) for (completion,) in groups]
-    return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from models.layers import LanguageModel
 from stages.config import RLConfig
 from stages.context import Stopped
 from stages.evaluate import measure
+from stages.evaluation.spoken import answered, prompts_of
 from stages.rl.algorithm import advantages
 from stages.rl.groups import Groups, check_drawn, rewards_of
 from stages.rl.learner import divergence, learner_precision, update
@@ -45,10 +46,10 @@ def reinforce(
     """Trains `model` in place for `steps` steps on `problems`, going on from the newest checkpoint.
 
     Every `eval_every` steps, before the first and after the last it is measured on `held_out`, always after the save of
-    the same step; also how far it then is from the model that `begun_with` gives, the one the stage began with. Where
-    none is kept, that is loaded for the while and takes the room that gradients have in a step. Raises NoSignal,
-    Stopped once `reporter.stop` is set, EnvironmentFault, and RuntimeError where sampler and trainer do not have the
-    same weights.
+    the same step; also how far it then is from the model that `begun_with` gives, the one the stage began with, and
+    what it says to a few prompts. Where no such model is kept, it is loaded for the while and takes the room that
+    gradients have in a step. Raises NoSignal, Stopped once `reporter.stop` is set, EnvironmentFault, and RuntimeError
+    where sampler and trainer do not have the same weights.
     """
     precision = learner_precision(world)
 
@@ -66,6 +67,7 @@ def reinforce(
         other = initial() if reference is None else reference
         return {"kl_sft": divergence(other, prompts, groups, config.device_batch_size, world)}
 
+    prompts = prompts_of(tokenizer, model.spec.sequence_len, chat=True)
     draws = Groups(pool, environment, problems, tokenizer, config, seed, world)
     draws.load(checkpoints.stage_state)
     start = progress.step
@@ -93,6 +95,7 @@ def reinforce(
             progress.evaluated(1.0 - figures["val_pass_at_1"])
             checkpoints.best_step = progress.best_step
             reporter.log(step, **figures, best_step=progress.best_step)
+            reporter.say(step, answered(pool, prompts, tokenizer, world))
         if last:
             break
         if step == 0 and config.require_signal:

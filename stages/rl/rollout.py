@@ -33,6 +33,7 @@ from cluster.usage import Usage
 from models.generate import Completion, Engine, TorchEngine, complete
 from models.hf import read_spec
 from models.vllm_engine import CPU_ENV, GPU_ENV, VLLMEngine
+from stages.context import Say, warn
 from stages.evaluation.text import Tools, open_text
 from stages.rl.weights import Transfer, digest
 from stages.training.parallel import World, keep_freed_memory
@@ -189,7 +190,7 @@ class RolloutPool:
         world: World | None = None,
         timeout: float = 600.0,
         health_timeout: float = 30.0,
-        say: Callable[[str], None] = logger.warning,
+        say: Say = warn,
     ) -> None:
         on_gpu, self._shared = devices.kind == "cuda", placement == "shared"
         self._world = world if world is not None and world.size > 1 and not self._shared else None
@@ -352,7 +353,7 @@ class RolloutPool:
     def _replace(self, a: int, problem: str, losses: int) -> None:
         if self._closed or losses == TRIES:
             raise RuntimeError(f"rollout actor {a} {problem}, for the {losses}. time in one call")
-        self._say(f"rollout actor {a} {problem}; a new one takes over")
+        self._say(f"rollout actor {a} {problem}; a new one takes over", "replaced actor")
         ray.kill(self._members[a].handle)
         self._members[a] = self._start()
         self.replaced += 1

@@ -66,7 +66,8 @@ def launch(
             lost, newest = (1 if reached > newest else lost + 1), max(reached, newest)
             if lost == ATTEMPTS:
                 raise
-            context.note(f"a worker was lost after step {reached}: starting again from the newest checkpoint")
+            again = f"a worker was lost after step {reached}: starting again from the newest checkpoint"
+            context.note(again, "lost worker")
         finally:
             context.storage.delete(RAY_TRAIN)
 

@@ -39,12 +39,14 @@ def train(
     reporter: Reporter,
     validate: Callable[[LanguageModel], dict[str, float]],
     benchmark: tuple[int, Callable[[LanguageModel], dict[str, float]]] | None = None,
+    speak: tuple[int, Callable[[LanguageModel], list[dict[str, str]]]] | None = None,
 ) -> None:
     """Trains `model` in place to the end of `schedule`, going on from the newest checkpoint.
 
     Validation runs before step 0, every `eval_every` steps and at the end, always after the save of the same step. Of
     the figures that `validate` gives, the first says which weights are best: those where it is lowest. A `benchmark` is
-    measured every so many steps besides, after the save of that step, too. Raises Stopped once `reporter.stop` is set,
+    measured every so many steps besides, after the save of that step, too. What `speak` has the model say is kept,
+    before every so many steps (0: before none) and after the last. Raises Stopped once `reporter.stop` is set,
     FloatingPointError after too many steps in a row that are not finite.
     """
     assert config.total_batch_size is not None
@@ -69,6 +71,7 @@ def train(
         ending = bool(stop) or schedule.over(step, elapsed, step_seconds)
         evaluating = not ending and config.eval_every > 0 and step % config.eval_every == 0
         measuring = not ending and benchmark is not None and step > 0 and step % benchmark[0] == 0
+        speaking = not ending and speak is not None and speak[0] > 0 and step % speak[0] == 0
         due = ending or step % config.save_every == 0 or unsaved > save_seconds or (evaluating and config.keep_best)
         # after a step that was skipped a save that is only due can wait
         if step > saved and (due or measuring) and (ok or ending or (evaluating and config.keep_best)):
@@ -82,11 +85,15 @@ def train(
             reporter.log(step, **figures)
             checkpoints.best_step = progress.best_step
             if config.early_stopping and progress.evaluations_since_best >= config.early_stopping:
-                reporter.note(f"early stopping: {next(iter(figures))} was lowest at step {progress.best_step}")
+                best = f"early stopping: {next(iter(figures))} was lowest at step {progress.best_step}"
+                reporter.note(best, "early stopping")
                 break
             clock.mark("evaluate")
         if measuring and benchmark is not None:
             reporter.log(step, **benchmark[1](model))
+            clock.mark("evaluate")
+        if speaking and speak is not None:
+            reporter.say(step, speak[1](model))
             clock.mark("evaluate")
 
         began = time.perf_counter()
@@ -102,7 +109,8 @@ def train(
                     "out of memory with one row at a time: set checkpointing=full or parallel=fsdp, or a smaller model"
                 )
             batch_size = max(1, batch_size // 2)
-            reporter.note(f"out of memory: device_batch_size is now {batch_size}, with more accumulation")
+            smaller = f"out of memory: device_batch_size is now {batch_size}, with more accumulation"
+            reporter.note(smaller, "out of memory")
         clock.mark("forward_backward")
         optimizer.reduce()
         clock.mark("communication")
@@ -120,6 +128,8 @@ def train(
         raise Stopped(f"stopped as asked; everything up to step {progress.step} is saved")
     if progress.evaluated_step != progress.step:
         reporter.log(progress.step, **validated(model, validate, progress))
+    if speak is not None:
+        reporter.say(progress.step, speak[1](model))
     if config.keep_best and 0 <= progress.best_step != progress.step:
         kept = progress.best_step
         try:

@@ -126,7 +126,7 @@ def measure(
         return statistics.median(r[key] for r in records)
 
     rate = tokens / median("step_ms") * 1e3
-    halved = sum("out of memory" in note for note in reporter.notes)
+    halved = sum(incident.kind == "out of memory" for incident in reporter.incidents)
     return Measured(
         steps=len(records),
         tokens_per_second=rate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from cluster import hardware, manifest
+from cluster.manifest import Incident
 from cluster.storage import FencedError, Storage, StorageError
 from cluster.usage import LOOK_SECONDS, Usage
-from stages.context import PROGRESS, STOP, Progress
+from stages.context import PROGRESS, STOP, Progress, incidents_of
 from stages.training.parallel import World
 
 logger = logging.getLogger(__name__)
@@ -114,8 +115,10 @@ class Reporter:
         self._newest: dict[str, Any] = {}  # of every figure on record
         self._usage: Usage | None = None
         self._looked, self._used = 0.0, dict[str, float]()
+        self.samples: list[dict[str, Any]] = []
         earlier = None if quiet else manifest.informing(storage, PROGRESS, Progress)
         self.notes: list[str] = earlier.notes if earlier else []  # such as why this is not the first attempt
+        self.incidents: list[Incident] = earlier.incidents if earlier else []
         self.earlier_seconds = 0.0
         self.stop = False
         self._began = time.monotonic()
@@ -131,11 +134,12 @@ class Reporter:
         """Seconds of work, those of earlier attempts included."""
         return self.earlier_seconds + time.monotonic() - self._began
 
-    def note(self, text: str) -> None:
-        """Something to tell the user once, in the log and beside the progress."""
+    def note(self, text: str, kind: str | None = None) -> None:
+        """`stages.context.Say`: in the log, beside the progress, and if it is an incident in the artifact."""
         if not self.quiet:
             logger.info("%s", text)
             self.notes.append(text)
+            self.incidents += incidents_of(text, kind)
 
     def log(self, step: int, **values: float | Tensor) -> None:
         """Records the values of `step`."""
@@ -146,6 +150,11 @@ class Reporter:
             self._first_step, self._began_stepping = step, time.monotonic()
         self._pending = ({"step": step, **values, **self._used}, None)
         self._used = {}
+
+    def say(self, step: int, samples: Sequence[dict[str, str]]) -> None:
+        """Keeps what the model said after `step` steps."""
+        if not self.quiet:
+            self.samples += [{"step": step, **sample} for sample in samples]
 
     def log_step(self, step: int, clock: Stopwatch, work: Work, **values: float | Tensor) -> None:
         """Records the values of `step`, where its time went, and how fast it was."""
@@ -192,11 +201,11 @@ class Reporter:
             )
         self._publish_progress()
 
-    def go_on(self, records: list[dict[str, Any]], seconds: float) -> None:
-        """Goes on from what an earlier attempt recorded in so many seconds of work."""
+    def go_on(self, records: list[dict[str, Any]], samples: list[dict[str, Any]], seconds: float) -> None:
+        """Goes on from what an earlier attempt recorded, and its model said, in so many seconds of work."""
         self.earlier_seconds = seconds
         if not self.quiet:
-            self.records, self._newest = records, {}
+            self.records, self.samples, self._newest = records, samples, {}
             for record in records:
                 self._newest |= record
 
@@ -228,6 +237,7 @@ class Reporter:
             "metrics": self.latest(*SUMMARY),
             "record": {name: value for name, value in self._newest.items() if type(value) in (int, float)},
             "notes": self.notes,
+            "incidents": self.stats()["incidents"],
         }
         self._writing = self._writer.submit(self._write_progress, progress)
 
@@ -240,17 +250,24 @@ class Reporter:
         except (OSError, StorageError) as error:  # training does not hang on what is only shown
             logger.warning("progress is unwritten: %s", error)
 
+    def stats(self) -> dict[str, Any]:
+        """What of the stage's course its artifact keeps, besides records."""
+        return {"incidents": [incident.model_dump() for incident in self.incidents]}
+
     def close(self) -> None:
         self.flush()
         self._writer.shutdown(wait=True)
 
-    def write(self, path: Path) -> None:
-        """metrics.jsonl: every record so far, one JSON object a line."""
-        path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+    def write(self, directory: Path) -> None:
+        """Every record so far in metrics.jsonl, one JSON object a line, and in samples.jsonl what the model said, where
+        it said anything."""
+        for name, lines in ((manifest.METRICS, self.records), (manifest.SAMPLES, self.samples)):
+            if lines or name == manifest.METRICS:
+                (directory / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """What `Reporter.write` wrote; ValueError where it is something else."""
+    """A file that `Reporter.write` wrote; ValueError where it is something else."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if not all(type(record) is dict and type(record.get("step")) is int for record in records):
         raise ValueError(f"{path.name} does not hold a record with its step on each line")

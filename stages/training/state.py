@@ -91,16 +91,16 @@ def publish_model(
     scratch: Path,
     page: Callable[[Path], None] | None = None,
 ) -> None:
-    """Makes weights, tokenizer, metrics and the report that `page` writes this stage's artifact, by way of `scratch`.
-    Every rank takes part."""
+    """Makes weights, tokenizer, metrics, samples and the report that `page` writes this stage's artifact, by way of
+    `scratch`. Every rank takes part."""
     whole = gathered(model, world)
     if whole is not None:
         directory = scratch / "artifact"
         export(whole, tokenizer, directory, DOCUMENT_ENDS if context.stage == "base" else ANSWER_ENDS)
-        reporter.write(directory / manifest.METRICS)
+        reporter.write(directory)
         if page is not None:
             page(directory / manifest.REPORT)
-        context.publish(directory, reporter.latest(*SUMMARY), reporter.seconds)
+        context.publish(directory, reporter.latest(*SUMMARY), reporter.seconds, reporter.stats())
     world.barrier()
 
 
@@ -243,6 +243,7 @@ class _Found:
     reader: CheckpointReader
     stage_state: list[Any]
     records: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
 
 
 class Checkpoints:
@@ -293,7 +294,7 @@ class Checkpoints:
             except DamagedError as error:
                 steps.pop()
                 then = f"training goes on from step {steps[-1]}" if steps else "training begins again at step 0"
-                self.reporter.note(f"checkpoint {step} is passed over, {then}: {error}")
+                self.reporter.note(f"checkpoint {step} is passed over, {then}: {error}", "damaged checkpoint")
                 # on the word of another rank alone, whose machine may be at fault, nothing is removed
                 whole = self.world.rank == 0 and _attempt(lambda: manifest.fetch(place))[1] is None  # noqa: B023
                 (doubtful if whole else removed).add(step)
@@ -314,7 +315,7 @@ class Checkpoints:
                 )
             return Progress()
         self.stage_state = found.stage_state
-        self.reporter.go_on(found.records, found.saved.seconds)
+        self.reporter.go_on(found.records, found.samples, found.saved.seconds)
         if progress.best_step not in steps:
             progress.best_step, progress.best = -1, math.inf
         self.best_step = progress.best_step
@@ -334,15 +335,16 @@ class Checkpoints:
         self, place: Storage, saved: Manifest, state: dict[str, Any], check: Callable[[list[Any]], object]
     ) -> _Found:
         """A checkpoint of which this rank has all that it reads, each file parsed. Raises DamagedError."""
-        metrics = () if self.reporter.quiet else (manifest.METRICS,)
-        reader = _bring(place, saved, state, lambda path: path.startswith((STAGE_STATE, *metrics)))
-        directory = Path(reader.path)
-        parts = sorted(f.path for f in saved.files if f.path.startswith(STAGE_STATE))
+        record = () if self.reporter.quiet else (manifest.METRICS, manifest.SAMPLES)
+        reader = _bring(place, saved, state, lambda path: path.startswith((STAGE_STATE, *record)))
+        directory, there = Path(reader.path), {f.path for f in saved.files}
+        parts = sorted(path for path in there if path.startswith(STAGE_STATE))
         with _as_damage(place):
             stage_state = [json.loads((directory / part).read_text(encoding="utf-8")) for part in parts]
             check(stage_state)
-            records = read_records(directory / manifest.METRICS) if metrics else []
-        return _Found(saved, reader, stage_state, records)
+            records = read_records(directory / manifest.METRICS) if record else []
+            samples = read_records(directory / manifest.SAMPLES) if {manifest.SAMPLES} & there & {*record} else []
+        return _Found(saved, reader, stage_state, records, samples)
 
     def _open(self, step: int, bring: Callable[[Storage, Manifest], T]) -> T:
         """What `bring` gives of a checkpoint, once it has on every rank. Raises as `_together` does."""
@@ -382,7 +384,7 @@ class Checkpoints:
             torch.cuda.synchronize()
         directory.mkdir(parents=True, exist_ok=True)
         if not self.reporter.quiet:
-            self.reporter.write(directory / manifest.METRICS)
+            self.reporter.write(directory)
         if stage_state is not None:
             (directory / f"{STAGE_STATE}{self.world.rank:05d}.json").write_text(json.dumps(stage_state))
         self._publishing = self._publisher.submit(self._publish, progress.step, directory, state, self.reporter.seconds)
