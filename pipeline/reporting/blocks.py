@@ -57,6 +57,7 @@ class Code:
 
     text: str
     title: str = ""
+    language: str = "text"
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ def reinforce(
     Every `eval_every` steps, before the first and after the last it is measured on `held_out`, always after the save of
     the same step; also how far it then is from the model that `begun_with` gives, the one the stage began with. Where
     none is kept, that is loaded for the while and takes the room that gradients have in a step. With `keep_best` the
-    model ends with those of its measured weights after a step that solved most. Raises NoSignal, Stopped once `reporter.stop`
-    is set, EnvironmentFault, and RuntimeError where sampler and trainer do not have the same weights.
+    model ends with those of its measured weights after a step that solved most. Raises NoSignal, Stopped once
+    `reporter.stop` is set, EnvironmentFault, and RuntimeError where sampler and trainer do not have the same weights.
     """
     precision = learner_precision(world)
 

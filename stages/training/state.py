@@ -104,10 +104,18 @@ def publish_model(
     world.barrier()
 
 
-def export(model: LanguageModel, tokenizer: Tokenizer, directory: Path, ends: Sequence[str] = ANSWER_ENDS) -> None:
-    """Writes into `directory` what transformers and vLLM load; with any of the special tokens `ends` it stops."""
+def export(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    directory: Path,
+    ends: Sequence[str] = ANSWER_ENDS,
+    dtype: torch.dtype = torch.float32,
+    temperature: float | None = None,
+) -> None:
+    """Writes into `directory` what transformers and vLLM load; with any of the special tokens `ends` it stops, and with
+    a `temperature` it is sampled unless the caller says otherwise."""
     stops, pad = [tokenizer.special(name) for name in ends], tokenizer.special(PADDING)
-    save_pretrained(model, directory, tokenizer.bos, stops, pad)
+    save_pretrained(model, directory, tokenizer.bos, stops, pad, dtype, temperature)
     tokenizer.save(directory, ends[0], model.spec.sequence_len)
 
 
