@@ -245,7 +245,7 @@ def test_the_checkpoint_of_the_best_step_is_kept(
     monkeypatch.setattr("stages.rl.loop.measure", scripted)
     settings = {"eval_every": 1, "keep_last": 1, "save_every": 100, "keep_best": published}
     model, records = attempt(tmp_path / "run", settings)
-    assert [record["best_step"] for record in records if "best_step" in record] == [-1, 1, 2, 2, 2, 2]
+    assert [record["best_step"] for record in records if "best_step" in record] == [-1, 1, 2, 2, 2, 2] + [2] * published
     assert [step for step, _ in manifest.checkpoints(Storage(tmp_path / "run"))] == [2, STEPS]
     place = Storage(tmp_path / "run").at(manifest.checkpoint_path(2 if published else STEPS))
     export_checkpoint(place, SPEC, TOKENIZER, tmp_path / "kept", ANSWER_ENDS)

@@ -126,4 +126,4 @@ def reinforce(
     if stop:
         raise Stopped(f"stopped as asked; everything up to step {progress.step} is saved")
     if config.keep_best and 0 <= progress.best_step != progress.step:
-        checkpoints.restore_weights(progress.best_step, model)
+        reporter.log(progress.step, best_step=checkpoints.restore_best(progress, model))

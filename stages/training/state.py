@@ -340,6 +340,18 @@ class Checkpoints:
         reader = self._open(step, lambda place, saved: _bring(place, saved, state))
         _load(self.context.storage.at(manifest.checkpoint_path(step)), state, reader)
 
+    def restore_best(self, progress: Progress, model: nn.Module) -> int:
+        """Loads the best weights of `progress`, or where they are damaged, as else no attempt could ever end, those of
+        its last step, and notes that. Returns the step that they are of."""
+        try:
+            self.restore_weights(progress.best_step, model)
+            return progress.best_step
+        except DamagedError as error:
+            lost = f"the weights of step {progress.best_step}, the best, are lost, and those of the last step taken"
+            self.reporter.note(f"{lost}: {error}")
+            self.restore_weights(progress.step, model)
+            return progress.step
+
     def _fitting(
         self, place: Storage, saved: Manifest, state: dict[str, Any], check: Callable[[list[Any]], object]
     ) -> _Found:
