@@ -242,7 +242,7 @@ def local_files(spec: str, split: str = "train", kinds: Sequence[str] = KINDS) -
 
     Raises FileNotFoundError when nothing matches, ValueError for a file of another kind.
     """
-    return None if _is_named(spec) or "://" in spec else _files(spec, split, kinds)
+    return None if is_named(spec) or "://" in spec else _files(spec, split, kinds)
 
 
 def characters(
@@ -259,14 +259,14 @@ def characters(
     return sum(os.path.getsize(f) / (1 if f.lower().endswith(PLAIN) else COMPRESSED) for f in files[:shards])
 
 
-def _is_named(spec: str) -> bool:
+def is_named(spec: str) -> bool:
     """Whether it names no place: what is made here, or a data set of the hub."""
     return spec == SYNTHETIC or spec in CORPORA or spec.startswith("hub:")
 
 
 def stamps(spec: str, split: str = "train", kinds: Sequence[str] = KINDS) -> dict[str, tuple[int, int]]:
     """Size and time of change of every file that records are read from; {} for what is made here or the hub keeps."""
-    if _is_named(spec):
+    if is_named(spec):
         return {}
     found = {}
     for uri in _files(spec, split, kinds):
@@ -281,7 +281,7 @@ def skipped_files(spec: str, kinds: Sequence[str] = KINDS) -> Counter[str]:
     begins with a dot or an underscore, `empty`, as Parquet or JSONL of no bytes holds no record, `broken`, a link to
     nothing, or `other`, of a kind that cannot serve."""
     skipped: Counter[str] = Counter()
-    if not _is_named(spec):
+    if not is_named(spec):
         _files(spec, kinds=kinds, skipped=skipped)
     return skipped
 
@@ -683,11 +683,11 @@ def _snapshot(place: str) -> str:
 
 @contextmanager
 def _hub_errors(what: str) -> Iterator[None]:
-    import httpx
+    from huggingface_hub.errors import HTTPError
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
         raise ValueError(
             f"{what}: {' '.join(str(error).split())}; check the name (hub:<dataset>[:config]) and the network, set "
             "HF_TOKEN for a gated dataset, or give files instead"

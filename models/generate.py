@@ -71,12 +71,35 @@ class Turns:
         return self.answer(tokens[start:-1])
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: from the model's distribution at `temperature`, above 0, cut to the likeliest tokens that
+    together have `top_p` of it. RL samples at 1 and 1, as its trainer scores the whole vocabulary."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+WHOLE = Sampling()
+# told of a completion's number, of tokens that have come to it, and whether the model chose them
+Watch = Callable[[int, list[int], bool], None]
+
+
 class Sampler(Protocol):
     """Continues lists of tokens, all in one batch."""
 
-    def add(self, key: int, tokens: list[int], room: int, seed: int | None) -> None:
+    def add(
+        self,
+        key: int,
+        tokens: list[int],
+        room: int,
+        seed: int | None,
+        sampling: Sampling = WHOLE,
+        watch: Callable[[list[int]], None] | None = None,
+    ) -> None:
         """Has `tokens` continued by at most `room` more; greedily where `seed` is None. A key may come again, with a
-        list that continues what came out for it."""
+        list that continues what came out for it. `watch` is given new tokens as they come, and ends `step` with what
+        it raises; the engine's next sampler knows nothing of this one."""
 
     def step(self) -> list[tuple[int, list[int], list[float]]]:
         """Goes on with every list; (key, new tokens, their logprobs) of those that reached a stop or their room."""
@@ -110,10 +133,13 @@ def complete(
     max_new_tokens: int,
     context: int,
     greedy: bool = False,
+    sampling: Sampling = WHOLE,
+    watch: Watch | None = None,
 ) -> list[list[Completion]]:
     """`samples` completions of each prompt, none longer than `max_new_tokens` (tools' results included) or the
     `context`. Every turn's random numbers come from the prompt's seed, the sample's number and the turn's place, so
-    the same weights give the same completions whatever else is in the batch. `sampler_of` is an engine's `sampler`."""
+    the same weights give the same completions whatever else is in the batch. `sampler_of` is an engine's `sampler`.
+    `watch` is called as tokens come, with the number prompt · samples + sample; what it raises ends the call."""
     done = [[Completion() for _ in range(samples)] for _ in prompts]
     limits = [max(0, min(max_new_tokens, context - len(prompt))) for prompt in prompts]
     longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
@@ -123,8 +149,9 @@ def complete(
         tokens = done[i][j].tokens
         room = limits[i] - len(tokens)
         if room > 0:
-            seed = None if greedy else _seed(*seeds[i], j, len(tokens))
-            sampler.add(i * samples + j, prompts[i] + tokens, room, seed)
+            seed, key = None if greedy else _seed(*seeds[i], j, len(tokens)), i * samples + j
+            watched = None if watch is None else lambda new: watch(key, new, True)
+            sampler.add(key, prompts[i] + tokens, room, seed, sampling, watched)
         return int(room > 0)
 
     for i, j in product(range(len(prompts)), range(samples)):
@@ -139,6 +166,8 @@ def complete(
             reply = turns.reply(completion.tokens)
             if reply is not None:
                 completion.extend(reply, None)
+                if watch is not None:
+                    watch(key, reply, False)
                 pending += go_on(i, j)
     for limit, group in zip(limits, done, strict=True):
         for completion in group:  # a tool's result may run past the limit
@@ -160,6 +189,8 @@ class _Row:
     room: int = 0
     draws: np.ndarray | None = None  # uniform numbers of the turn's tokens; None: greedy
     logprobs: list[float] = field(default_factory=list)  # of the turn's tokens
+    sampling: Sampling = WHOLE
+    watch: Callable[[list[int]], None] | None = None
 
     def begin(self, tokens: list[int], room: int, seed: int | None) -> None:
         self.tokens, self.room, self.logprobs = [*tokens], room, []
@@ -182,12 +213,21 @@ class TorchSampler:
         # of each layer, keys and values (rows, length, kv_heads, head_dim)
         self.cache: list[tuple[Tensor, Tensor]] = [self._empty(0) for _ in range(model.spec.layers)]
 
-    def add(self, key: int, tokens: list[int], room: int, seed: int | None) -> None:
+    def add(
+        self,
+        key: int,
+        tokens: list[int],
+        room: int,
+        seed: int | None,
+        sampling: Sampling = WHOLE,
+        watch: Callable[[list[int]], None] | None = None,
+    ) -> None:
         row = next((row for row in self.rows if row.key == key), None)
         if row is None:
             row = _Row(key, [], 0)
             self.waiting.append(row)
         row.begin(tokens, room, seed)
+        row.sampling, row.watch = sampling, watch
 
     @torch.no_grad()
     def step(self) -> list[tuple[int, list[int], list[float]]]:
@@ -203,7 +243,11 @@ class TorchSampler:
             for row, now in zip(rows, due, strict=True)
         ]
         uniform = torch.tensor(drawn, dtype=torch.float64, device=self.device)[:, None]
-        shares = logprobs.double().exp().cumsum(-1)
+        weights = logprobs.double().exp()
+        for n, row in enumerate(rows):
+            if row.sampling != WHOLE and drawn[n] >= 0:
+                weights[n] = shaped(logprobs[n], row.sampling)
+        shares = weights.cumsum(-1)
         chosen = torch.searchsorted(shares, uniform * shares[:, -1:], right=True).clamp(max=logprobs.size(-1) - 1)
         chosen = torch.where(uniform < 0, logprobs.argmax(-1, keepdim=True), chosen)
         ended = []
@@ -214,6 +258,8 @@ class TorchSampler:
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
                 row.room = 0 if token in self.stops else row.room - 1
+                if row.watch is not None:
+                    row.watch([token])
                 if not row.room:
                     ended.append((row.key, row.tokens[-len(row.logprobs) :], row.logprobs))
         return ended
@@ -263,6 +309,16 @@ class TorchSampler:
         dtype = torch.get_autocast_dtype(kind) if cast else self.model.lm_head.weight.dtype
         keys, values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
         return keys, values
+
+
+def shaped(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution (V,), in fp64, that a token is drawn from whose logprobs (V,), in nats, are these. Nucleus
+    sampling is of arXiv 1904.09751; the likeliest token always stays."""
+    weights = (logprobs.double() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        likeliest, order = weights.sort(descending=True)
+        weights[order[likeliest.cumsum(-1) - likeliest >= sampling.top_p]] = 0.0
+    return weights
 
 
 def _attend(keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

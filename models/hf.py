@@ -7,6 +7,7 @@ Weight names are the same there and here, save gpt2's. Padding rows and a tied h
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,7 @@ def hf_config(spec: ModelSpec, bos: int, eos: int, pad: int) -> dict[str, Any]:
             "n_layer": spec.layers,
             "n_head": spec.heads,
             "n_positions": spec.sequence_len,
+            "n_ctx": spec.sequence_len,  # llama.cpp's name for it
             "activation_function": "gelu_new",
             "layer_norm_epsilon": spec.norm_eps,
             "resid_pdrop": 0.0,
@@ -82,6 +84,7 @@ def hf_config(spec: ModelSpec, bos: int, eos: int, pad: int) -> dict[str, Any]:
         "max_position_embeddings": spec.sequence_len,
         "rms_norm_eps": spec.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_base},
+        "rope_theta": spec.rope_base,  # its place before transformers 5
         "attention_bias": False,
     }
     if spec.family == "depth":
@@ -275,16 +278,24 @@ def save_pretrained(
     eos: Sequence[int],
     pad: int,
     dtype: torch.dtype = torch.float32,
+    temperature: float | None = None,
 ) -> None:
     """Writes weights and configs into `directory`; bos, eos and pad are token ids. What it generates ends with any of
-    eos, of which config.json has the first."""
+    eos, of which config.json has the first; with a `temperature` it is sampled unless the caller says otherwise.
+    ValueError for a weight that is too large for `dtype`."""
     directory.mkdir(parents=True, exist_ok=True)
     config = hf_config(model.spec, bos, eos[0], pad) | {"dtype": str(dtype).removeprefix("torch.")}
-    generation = {"bos_token_id": bos, "eos_token_id": [*eos], "pad_token_id": pad}
+    generation: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": [*eos], "pad_token_id": pad}
+    if temperature is not None:
+        generation |= {"do_sample": True, "temperature": temperature}
     for name, written in (("config.json", config), ("generation_config.json", generation)):
         (directory / name).write_text(json.dumps(written, indent=2) + "\n")
     weights = {name: w.to("cpu", dtype).contiguous() for name, w in hf_state_dict(model).items()}
+    for name, w in hf_state_dict(model).items():
+        if dtype == torch.float16 and w.isfinite().all() and not weights[name].isfinite().all():
+            raise ValueError(f"{name} has weights too large for {dtype}, whose largest number is 65,504: take bf16")
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # else nobody but its owner may read it
 
 
 def from_pretrained(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:

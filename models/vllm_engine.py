@@ -5,7 +5,7 @@ vllm is imported when an engine is made: only the process that samples has it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.generate import ROWS, Sampler
+from models.generate import ROWS, WHOLE, Sampler, Sampling
 from models.hf import read_spec
 from models.vllm_plugin import register
 
@@ -48,6 +48,8 @@ class VLLMEngine:
         self.open: dict[int, tuple[int, int]] = {}
         self.idle: set[int] = set()  # of these, which ended a turn and were not added since
         self.seeds: dict[str, int] = {}  # of the turns that begin with the next step
+        self.watched: dict[int, Callable[[list[int]], None]] = {}  # with who is given their tokens as they come
+        self.told: dict[int, int] = {}  # how many of them were given
         self.sleeps, self.asleep = on_gpu and shared, False
         settings: dict[str, Any] = {
             "dtype": "bfloat16",
@@ -92,31 +94,42 @@ class VLLMEngine:
 
     def sampler(self, stops: Sequence[int], length: int) -> Sampler:
         self._wake()
-        self.idle.update(self.open)  # left over where a tool failed
+        self.idle.update(self.open, self.watched)  # left over where a tool or who watched failed
         self._close()
         self.stops = [*stops]
         # Only where all rows fit at their longest: of what waits for its next turn vLLM takes no block back.
         self.keeps_open = ROWS * (length + BLOCK) <= self.cached_tokens
         return self
 
-    def add(self, key: int, tokens: list[int], room: int, seed: int | None) -> None:
+    def add(
+        self,
+        key: int,
+        tokens: list[int],
+        room: int,
+        seed: int | None,
+        sampling: Sampling = WHOLE,
+        watch: Callable[[list[int]], None] | None = None,
+    ) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            temperature=0.0 if seed is None else 1.0,
+            temperature=0.0 if seed is None else sampling.temperature,
+            top_p=sampling.top_p,
             max_tokens=room,
             seed=seed,
             stop_token_ids=self.stops,
             ignore_eos=True,  # of generation_config.json: calls end there even where there are no tools
             logprobs=0,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.FINAL_ONLY if watch is None else RequestOutputKind.CUMULATIVE,
         )
         engine, name = self.llm.llm_engine, str(key)
         computed, given = self.open.get(key, (0, 0))
         prompt: Any = {"prompt_token_ids": tokens[computed:]}
-        if not self.keeps_open:
+        if watch is not None:
+            self.watched[key] = watch
+        if not self.keeps_open or watch is not None:
             engine.add_request(name, prompt, params)
             return
         if key in self.open and seed is not None:
@@ -137,10 +150,16 @@ class VLLMEngine:
         ended = []
         for request in self.llm.llm_engine.step():
             key, output = int(request.request_id), request.outputs[0]
+            if (watch := self.watched.get(key)) is not None:
+                watch(list(output.token_ids)[self.told.get(key, 0) :])
+                self.told[key] = len(output.token_ids)
+                if not request.finished:
+                    continue
+                del self.watched[key], self.told[key]
             prompted, given = self.open.get(key, (0, 0))
             tokens = list(output.token_ids)[given:]  # of all turns
             logprobs = [s[token].logprob for token, s in zip(tokens, output.logprobs[given:], strict=True)]
-            if self.keeps_open:
+            if key in self.open:
                 self.open[key] = prompted + len(tokens) - 1, given + len(tokens)  # the last is not computed yet
                 self.idle.add(key)
             ended.append((key, tokens, logprobs))
@@ -151,7 +170,9 @@ class VLLMEngine:
         if self.idle:
             self.llm.llm_engine.abort_request([str(key) for key in self.idle])
             for key in self.idle:
-                del self.open[key]
+                self.open.pop(key, None)
+                self.watched.pop(key, None)
+                self.told.pop(key, None)
             self.idle.clear()
 
     def rest(self) -> None:

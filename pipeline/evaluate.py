@@ -7,11 +7,8 @@ Fathom has, or hub:REPO. Answers are kept below --storage, so the same command g
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,19 +23,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cluster import manifest as manifests
-from cluster.manifest import Manifest
 from cluster.resources import resources
 from cluster.runtime import connect
-from cluster.scratch import cache_folder, scratch, sweep
-from cluster.storage import Storage, StorageError, checksum
+from cluster.scratch import sweep
+from cluster.storage import Storage
 from corpus.sources import read_unit, units
-from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, Tokenizer
+from corpus.tokenizers import Tokenizer
 from models.hf import read_spec
 from pipeline.artifacts import EVALUATIONS, RunStore
 from pipeline.config import add_storage_flag
+from pipeline.model import Model, find, is_run
 from pipeline.terminal import WHOLE, Terminal, show, width_of
 from pipeline.tokenizer import held_out
-from stages.config import EvaluateConfig, ModelConfig
+from stages.config import EvaluateConfig
 from stages.evaluation.measure import (
     FAULTS,
     TOTALS,
@@ -54,118 +51,10 @@ from stages.evaluation.measure import (
 )
 from stages.evaluation.pool import resolved
 from stages.evaluation.text import open_text
-from stages.training.state import export_checkpoint
 from tasks.estimates import core_difference, same_share
 from tasks.suite import CHATCORE, GROUPS, Suite, suite
 
-MODELS = ("rl", "sft", "mid", "base")  # the stages that make a model, the last one first
 MOST_ACTORS = 4  # on CPUs, as each has a copy of the model in the machine's one memory
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is measured: `fetch` brings its directory to a machine, `digest` changes with its weights."""
-
-    name: str
-    fetch: Callable[[], Path]
-    digest: str
-
-
-def find(what: str, storage: str) -> Model:
-    """The model that WHAT names. Raises FileNotFoundError or ValueError."""
-    if what.startswith("hub:"):
-        return _of_hub(what)
-    if not _is_run(what):
-        return _of_directory(what, Path(what).expanduser().resolve())
-    run, _, stage = what.partition(":")
-    stage, _, step = stage.partition("@")
-    store = RunStore(storage, run)
-    if not store.storage.list():
-        raise FileNotFoundError(
-            f"no run {run!r} in {Storage(storage).uri}; runs elsewhere need --storage, a directory is named with a "
-            f"slash, such as ./{run}, and a model of the hub as hub:OWNER/NAME"
-        )
-    if stage and stage not in MODELS:
-        raise ValueError(f"{what}: {stage} makes no model; the stages that do are {', '.join(reversed(MODELS))}")
-    if step:
-        return _of_checkpoint(what, store, stage, step)
-    for name in (stage,) if stage else MODELS:
-        made = manifests.read(store.stage(name))
-        if made is not None:
-            return Model(what if stage else f"{run}:{name}", partial(manifests.fetch, store.stage(name)), made.digest())
-    wanted = stage or "base"
-    raise FileNotFoundError(f"run {run} has no finished {wanted} to measure; `fathom status {run}` shows what it has")
-
-
-def _is_run(what: str) -> bool:
-    return not what.startswith("hub:") and "/" not in what
-
-
-def _of_directory(name: str, directory: Path) -> Model:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{name}: there is no such directory")
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{name} is no Hugging Face model: it has no config.json")
-    files = sorted(path for path in directory.iterdir() if path.is_file())
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.sha256(json.dumps([str(directory), stamps]).encode()).hexdigest()
-    return Model(name, lambda: directory, digest)
-
-
-def _of_hub(what: str) -> Model:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    download = partial(snapshot_download, what.removeprefix("hub:"), allow_patterns=patterns)
-    commit = _download(what, download).name  # the folder is named after it, and every machine takes the same
-    return Model(what, partial(_download, what, partial(download, revision=commit)), commit)
-
-
-def _download(what: str, download: Callable[[], str]) -> Path:
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(download())
-    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
-        raise ValueError(
-            f"{what} cannot be downloaded: {' '.join(str(error).split())}; check the name (hub:OWNER/NAME) and the "
-            "network, set HF_TOKEN for a gated model, or give its directory instead"
-        ) from error
-
-
-def _of_checkpoint(what: str, store: RunStore, stage: str, step: str) -> Model:
-    there = manifests.checkpoints(store.stage(stage))
-    place = next((place for number, place in there if str(number) == step), None)
-    saved = manifests.read(place) if place is not None else None
-    config = store.recorded()
-    if place is None or saved is None or config is None:
-        steps = ", ".join(str(number) for number, _ in there) or "none"
-        raise FileNotFoundError(
-            f"{what}: there is no such checkpoint; {stage} has those of steps: {steps}. A finished stage keeps none: "
-            f"measure {store.run}:{stage}"
-        )
-    fetch = partial(_exported, place, saved.digest(), store.stage("tokenizer"), config.model, stage)
-    return Model(what, fetch, saved.digest())
-
-
-def _exported(place: Storage, digest: str, tokenizer_at: Storage, shape: ModelConfig, stage: str) -> Path:
-    """The checkpoint at `place`, whose content is `digest`, as a directory of this machine. That is an artifact of its
-    own in the cache, so what a crash or a disk left damaged is noticed, and made again."""
-    tokenized = manifests.read(tokenizer_at)
-    of_tokenizer = tokenized.digest() if tokenized is not None else ""
-    made_of = {"checkpoint": digest, "tokenizer": of_tokenizer, "model": shape.identity(), "stage": stage}
-    made = Storage(cache_folder() / "checkpoints" / checksum(made_of)[:24])
-    with contextlib.suppress(StorageError):  # not made yet, or damaged
-        directory = manifests.fetch(made)
-        os.utime(directory)  # in use
-        return directory
-    tokenizer = Tokenizer.load(manifests.fetch(tokenizer_at))
-    with scratch("evaluate") as exported:
-        ends = DOCUMENT_ENDS if stage == "base" else ANSWER_ENDS
-        export_checkpoint(place, shape.spec(tokenizer.vocab_size), tokenizer, exported, ends)
-        manifests.write(made, Manifest(EVALUATIONS, stage, made.upload_tree(exported)))
-    return manifests.fetch(made)
 
 
 def documents_of(
@@ -177,7 +66,7 @@ def documents_of(
         found = units(text)  # which name the size, the time of change or the hub's commit of every file
         return lambda: (document.text for unit in found for document in read_unit(unit)), json.dumps(found)
     for what in whats:
-        if _is_run(what):
+        if is_run(what):
             store = RunStore(storage, what.partition(":")[0])
             ingested = manifests.read(store.stage("ingest"))
             if ingested is not None:

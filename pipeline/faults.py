@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster.storage import StorageError
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("pipeline", "stages", "models", "corpus", "tasks", "kernels", "cluster", "bench")
+ROOMS = ("pipeline", "serving", "stages", "models", "corpus", "tasks", "kernels", "cluster", "bench")
 
 
 FRAME = re.compile(r'File "([^"]+)", line \d+, in .*\n +(.*)')  # its file and source line

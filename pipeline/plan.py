@@ -59,7 +59,7 @@ from pipeline.timing import (
     sampling_seconds,
     training_seconds,
 )
-from stages.config import BaseConfig, RLConfig, TuneConfig, base_hours
+from stages.config import BaseConfig, RLConfig, TrainConfig, TuneConfig, base_hours
 from tasks.mixture import Part
 
 CHECKPOINTING = ("none", "selective", "full")  # the cheapest first
@@ -559,8 +559,9 @@ def _disk(config: Config, spec: ModelSpec, tokens: int | None) -> dict[str, floa
     weights = 4 * spec.padded_parameters
     rest = spec.padded_parameters - spec.matrix_parameters
     state = 4 * spec.matrix_parameters + 8 * rest if config.base.optimizer == "muon" else 2 * weights
-    kept = max(s.keep_last + (1 if s.keep_best else 0) for s in (config.base, config.mid, config.sft))
-    kept = 1 + max(kept, config.rl.keep_last if config.with_rl else 0)
+    stages: list[TrainConfig | RLConfig] = [config.base, config.mid, config.sft]
+    stages += [config.rl] if config.with_rl else []
+    kept = 1 + max(s.keep_last + (1 if s.keep_best else 0) for s in stages)
     finished = 4 if config.with_rl else 3
     return {"data": data, "checkpoints": (kept * (weights + state) + finished * weights) / GB}
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
-from rich.segment import Segment
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -68,6 +69,11 @@ def fitted(text: str, width: int | None) -> str:
 def say(console: Console, text: str, style: str = "") -> None:
     """Prints text as it is, fitted to the terminal."""
     console.print(Text(fitted(text, width_of(console)), style), soft_wrap=True)
+
+
+def stream(console: Console, text: str, style: str = "") -> None:
+    """Prints a piece of a text that comes bit by bit, as it is: neither broken nor ended."""
+    console.print(Segments([Segment(text, Style.parse(style))]), end="", soft_wrap=True)
 
 
 def show(console: Console, table: Table, lines: Iterable[str]) -> None:

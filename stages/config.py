@@ -365,6 +365,9 @@ class RLConfig(OptimizerConfig):
     )
     eval_problems: int = Field(64, ge=1, description="held-out problems an evaluation")
     eval_samples: int = Field(4, ge=1, description="samples a problem in an evaluation")
+    keep_best: bool = Field(
+        False, description="the artifact has the weights whose samples solved most in an evaluation, not the last"
+    )
 
     engine: Literal["auto", "vllm", "torch"] = Field(
         "auto", description="what samples; auto: vllm where it is installed"
@@ -382,6 +385,12 @@ class RLConfig(OptimizerConfig):
     save_every: int = environment(10, "steps between checkpoints", ge=1)
     keep_last: int = environment(2, "checkpoints kept, besides the best", ge=1)
     environment_timeout: float = environment(30.0, "seconds that a call of the environment's own code may take", gt=0)
+
+    @model_validator(mode="after")
+    def _evaluations_exist(self) -> RLConfig:
+        if self.keep_best and not self.eval_every:
+            raise ValueError("keep_best compares evaluations: set eval_every")
+        return self
 
     @model_validator(mode="after")
     def _the_ratio_can_move(self) -> RLConfig:

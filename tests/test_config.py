@@ -330,6 +330,7 @@ def test_how_long_base_trains_is_said_once() -> None:
         (("--hours", "3", "--set", "base.steps=5"), "give one of steps and hours"),
         (("--budget-usd", "96"), "needs usd_per_worker_hour"),
         (("--set", "base.keep_best=true", "--set", "base.eval_every=0"), "set eval_every"),
+        (("--set", "rl.keep_best=true"), "set eval_every"),
     ):
         with pytest.raises(ConfigError, match=message):
             parsed(*argv)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("pipeline", "stages", "models", "corpus", "tasks", "kernels", "cluster", "bench")
+ROOMS = ("pipeline", "serving", "stages", "models", "corpus", "tasks", "kernels", "cluster", "bench")
 ENGINES_OWN = ("models.vllm_nanochat", "corpus.tool_parser")  # classes of vLLM's kinds, which it imports by name
 # What the libraries do to the environment when they are imported is theirs: they come first.
 LIBRARIES = (

@@ -6,6 +6,7 @@ All engines live in one child process, as vLLM changes the process it is in. Not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from test_models import random_model
 from corpus.chat_template import CALCULATORS, MARK
 from corpus.conversation import render_prompt
 from corpus.tokenizers import Tokenizer
+from models.generate import Sampling
 from models.hf import engine_state, from_pretrained, save_pretrained
 from models.layers import LanguageModel
 from models.spec import ModelSpec
@@ -54,6 +56,7 @@ class Served:
     sampled: list[list[int]]
     logprobs: list[list[float]]
     rollout: list[int]  # of the first prompt, greedy, as RL samples it where nothing stops it
+    streamed: list[list[int]]  # the same as chats have it, in pieces, after one that was stopped
 
 
 def serve(directory: Path, other: Path, prompts: list[list[int]]) -> list[Served]:
@@ -79,6 +82,20 @@ def serve(directory: Path, other: Path, prompts: list[list[int]]) -> list[Served
         sampler.add(0, prompts[0], NEW_TOKENS, None)
         while not (ended := sampler.step()):
             pass
+        streamed, left = [], iter(range(3))
+
+        def stop(_: list[int], left: Iterator[int] = left) -> None:
+            next(left)
+
+        sampler = engine.sampler([], len(prompts[0]) + NEW_TOKENS)
+        sampler.add(0, prompts[0], NEW_TOKENS, None, watch=stop)
+        with contextlib.suppress(StopIteration):
+            while True:
+                sampler.step()
+        sampler = engine.sampler([], len(prompts[0]) + NEW_TOKENS)
+        sampler.add(0, prompts[0], NEW_TOKENS, 5, Sampling(top_p=1e-6), watch=streamed.append)
+        while not sampler.step():
+            pass
         engine.rest()
         served.append(
             Served(
@@ -88,6 +105,7 @@ def serve(directory: Path, other: Path, prompts: list[list[int]]) -> list[Served
                 [list(o.token_ids) for o in outputs],
                 [[step[t].logprob for t, step in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs],
                 ended[0][1],
+                streamed,
             )
         )
     del engine
@@ -189,7 +207,8 @@ def test_vllm_agrees_with_the_model(
             assert greedy == greedy_tokens(model, prompt)
             assert len(sampled) == NEW_TOKENS and max(sampled) < spec.vocab_size
             torch.testing.assert_close(torch.tensor(logprobs), logprobs_of(model, prompt, sampled), atol=1e-4, rtol=0)
-        assert said.rollout == said.greedy[0]
+        assert said.rollout == said.greedy[0] == [token for piece in said.streamed for token in piece]
+        assert len(said.streamed) == NEW_TOKENS
         assert min(min(lp) for lp in said.logprobs) < -1, "logprobs of a certain model would agree with anything"
     assert served[0].greedy != served[1].greedy
 

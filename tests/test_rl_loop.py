@@ -19,10 +19,10 @@ from torch import Tensor
 
 from cluster import manifest
 from cluster.storage import Storage
-from corpus.tokenizers import Tokenizer
+from corpus.tokenizers import ANSWER_ENDS, Tokenizer
 from models.build import build
 from models.generate import Completion, generate
-from models.hf import load_hf_state
+from models.hf import from_pretrained, load_hf_state
 from models.layers import LanguageModel
 from models.spec import ModelSpec
 from stages.config import RLConfig
@@ -33,7 +33,7 @@ from stages.rl.learner import divergence
 from stages.rl.loop import reinforce
 from stages.training.metrics import Reporter
 from stages.training.parallel import World
-from stages.training.state import Checkpoints
+from stages.training.state import Checkpoints, export_checkpoint
 from tasks.base import Problem, Tool
 
 ALONE = World(0, 1, torch.device("cpu"), threads=1)
@@ -235,16 +235,25 @@ def test_what_was_sampled_ahead_lies_in_the_checkpoint(tmp_path: Path) -> None:
     assert pool.started[0] == (saved, 4), "the first rollout is that of the step after, with the restored weights"
 
 
-def test_the_checkpoint_of_the_best_step_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("published", [False, True])
+def test_the_checkpoint_of_the_best_step_is_kept(
+    published: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is what the stage ends with, where that is asked for."""
     scores = iter([0.9, 0.2, 0.6, 0.5, 0.4, 0.3])  # of the model before the first step, which is none of RL's, and on
 
     def scripted(*_: Any, **__: Any) -> tuple[dict[str, float], list[Any]]:
         return {"val_pass_at_1": next(scores)}, []
 
     monkeypatch.setattr("stages.rl.loop.measure", scripted)
-    _, records = attempt(tmp_path / "run", {"eval_every": 1, "keep_last": 1, "save_every": 100})
-    assert [record["best_step"] for record in records if "best_step" in record] == [-1, 1, 2, 2, 2, 2]
+    settings = {"eval_every": 1, "keep_last": 1, "save_every": 100, "keep_best": published}
+    model, records = attempt(tmp_path / "run", settings)
+    assert [record["best_step"] for record in records if "best_step" in record] == [-1, 1, 2, 2, 2, 2] + [2] * published
     assert [step for step, _ in manifest.checkpoints(Storage(tmp_path / "run"))] == [2, STEPS]
+    place = Storage(tmp_path / "run").at(manifest.checkpoint_path(2 if published else STEPS))
+    export_checkpoint(place, SPEC, TOKENIZER, tmp_path / "kept", ANSWER_ENDS)
+    kept = from_pretrained(tmp_path / "kept")
+    assert all(map(torch.equal, model.parameters(), kept.parameters()))
 
 
 def test_overlap_samples_each_step_with_the_weights_of_the_step_before(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ class Code:
 
     text: str
     title: str = ""
+    language: str = "text"
 
 
 @dataclass(frozen=True)

@@ -142,14 +142,7 @@ def of(stage: StageFacts) -> str:
 
 def what_and_cost(run: RunFacts, known: Known) -> list[Block]:
     config = run.config
-    rows = [["state", run.state], ["storage", run.uri]]
-    if size := parameters(run):
-        rows.append(["parameters", f"{size:,.0f}"])
-        rows.append(["shape", shape(run)])
-    for stage in run.stages:
-        if stage.name in RECORDED and len(stage.tokens):
-            what = "tokens of completions in" if stage.name == "rl" else "tokens of"
-            rows.append([f"{what} {stage.name}", f"{stage.tokens[-1]:,.0f} in {len(stage.steps):,} steps"])
+    rows = [["state", run.state], ["storage", run.uri], *trained(run)]
     rows.append(["hardware", hardware(run, known) or "not recorded"])
     if config:
         fewest, most = config.workers
@@ -174,6 +167,16 @@ def what_and_cost(run: RunFacts, known: Known) -> list[Block]:
         Table(["", ""], rows),
         Table(["stage", "state", "time", "figures", "done at (UTC)"], [*stages, total]),
     ]
+
+
+def trained(run: RunFacts) -> list[list[str]]:
+    """Rows of a table: the model, and what its stages have seen."""
+    rows = [["parameters", f"{size:,.0f}"], ["shape", shape(run)]] if (size := parameters(run)) else []
+    for stage in run.stages:
+        if stage.name in RECORDED and len(stage.tokens):
+            what = "tokens of completions in" if stage.name == "rl" else "tokens of"
+            rows.append([f"{what} {stage.name}", f"{stage.tokens[-1]:,.0f} in {len(stage.steps):,} steps"])
+    return rows
 
 
 def parameters(run: RunFacts) -> int | None:

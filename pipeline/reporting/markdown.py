@@ -54,7 +54,7 @@ def _block(block: Block) -> str:
             longest = max((len(run) for run in re.findall("`+", block.text)), default=0)
             fence = "`" * max(3, longest + 1)
             title = f"{text(block.title)}:\n\n" if block.title else ""
-            return f"{title}{fence}text\n{plain(block.text)}\n{fence}"
+            return f"{title}{fence}{block.language}\n{plain(block.text)}\n{fence}"
         case Charts():
             return "\n\n".join(_chart(chart) for chart in block.charts)
         case Fold():

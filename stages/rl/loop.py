@@ -48,8 +48,9 @@ def reinforce(
     Every `eval_every` steps, before the first and after the last it is measured on `held_out`, always after the save of
     the same step; also how far it then is from the model that `begun_with` gives, the one the stage began with, and
     what it says to a few prompts. Where no such model is kept, it is loaded for the while and takes the room that
-    gradients have in a step. Raises NoSignal, Stopped once `reporter.stop` is set, EnvironmentFault, and RuntimeError
-    where sampler and trainer do not have the same weights.
+    gradients have in a step. With `keep_best` the model ends with those of its measured weights after a step that
+    solved most. Raises NoSignal, Stopped once `reporter.stop` is set, EnvironmentFault, and RuntimeError where sampler
+    and trainer do not have the same weights.
     """
     precision = learner_precision(world)
 
@@ -130,3 +131,5 @@ def reinforce(
     world.barrier()  # the first rank completes the checkpoint, and the first error of any ends them all
     if stop:
         raise Stopped(f"stopped as asked; everything up to step {progress.step} is saved")
+    if config.keep_best and 0 <= progress.best_step != progress.step:
+        reporter.log(progress.step, best_step=checkpoints.restore_best(progress, model))

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cluster.storage import DamagedError
 from corpus.rows import Rows
 from models.layers import LanguageModel
 from stages.config import TrainConfig
@@ -131,13 +130,7 @@ def train(
     if speak is not None:
         reporter.say(progress.step, speak[1](model))
     if config.keep_best and 0 <= progress.best_step != progress.step:
-        kept = progress.best_step
-        try:
-            checkpoints.restore_weights(kept, model)
-        except DamagedError as error:  # else no attempt could ever end
-            reporter.note(f"the weights of step {kept}, the best, are lost, and those of the last step taken: {error}")
-            kept = progress.step
-            checkpoints.restore_weights(kept, model)
+        kept = checkpoints.restore_best(progress, model)
         reporter.log(progress.step, best_step=kept)
 
 

@@ -104,10 +104,18 @@ def publish_model(
     world.barrier()
 
 
-def export(model: LanguageModel, tokenizer: Tokenizer, directory: Path, ends: Sequence[str] = ANSWER_ENDS) -> None:
-    """Writes into `directory` what transformers and vLLM load; with any of the special tokens `ends` it stops."""
+def export(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    directory: Path,
+    ends: Sequence[str] = ANSWER_ENDS,
+    dtype: torch.dtype = torch.float32,
+    temperature: float | None = None,
+) -> None:
+    """Writes into `directory` what transformers and vLLM load; with any of the special tokens `ends` it stops, and with
+    a `temperature` it is sampled unless the caller says otherwise."""
     stops, pad = [tokenizer.special(name) for name in ends], tokenizer.special(PADDING)
-    save_pretrained(model, directory, tokenizer.bos, stops, pad)
+    save_pretrained(model, directory, tokenizer.bos, stops, pad, dtype, temperature)
     tokenizer.save(directory, ends[0], model.spec.sequence_len)
 
 
@@ -330,6 +338,18 @@ class Checkpoints:
         state = {"model": weights_of(model)}
         reader = self._open(step, lambda place, saved: _bring(place, saved, state))
         _load(self.context.storage.at(manifest.checkpoint_path(step)), state, reader)
+
+    def restore_best(self, progress: Progress, model: nn.Module) -> int:
+        """Loads the best weights of `progress`, or where they are damaged, as else no attempt could ever end, those of
+        its last step, and notes that. Returns the step that they are of."""
+        try:
+            self.restore_weights(progress.best_step, model)
+            return progress.best_step
+        except DamagedError as error:
+            lost = f"the weights of step {progress.best_step}, the best, are lost, and those of the last step taken"
+            self.reporter.note(f"{lost}: {error}")
+            self.restore_weights(progress.step, model)
+            return progress.step
 
     def _fitting(
         self, place: Storage, saved: Manifest, state: dict[str, Any], check: Callable[[list[Any]], object]

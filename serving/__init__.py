@@ -1,0 +1,1 @@
+"""A trained model that answers: in a terminal, behind an API."""
