@@ -322,7 +322,8 @@ def evaluations(run: RunFacts) -> list[Block]:
         rows.append(row)
     note = (
         "In brackets 95% intervals; below, the gain since the evaluation before, with p, how likely two equal models "
-        "differ so much on the same questions (McNemar's exact test), where each question's outcome is kept."
+        "differ so much on the same questions (McNemar's exact test, of CORE and ChatCORE its normal approximation), "
+        "where each question's outcome is kept."
     )
     return [Table(["", *(of(stage) for stage in stages)], rows), Text(note)]
 
