@@ -51,6 +51,15 @@ def trackers() -> list[psutil.Process]:
     return [*feeding, *(below for process in feeding for below in process.children(recursive=True))]
 
 
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    used = 0.0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            used += times.user + times.system
+    return used
+
+
 @dataclass(frozen=True)
 class Until(Schedule):
     """Ends when it is `enough`."""
@@ -63,7 +72,8 @@ class Until(Schedule):
 
 class Alternating(Reporter):
     """A record of steps that halts and wakes the trackers between blocks of them: without and with them, with and
-    without them, and so on. `blocks` has of each whether they ran, and its steps a second."""
+    without them, and so on. `blocks` has of each whether they ran, and its steps a second; `shares` of those with them
+    what part of all cores they used."""
 
     def __init__(
         self, storage: Storage, pairs: int, seconds: float, save_every: int, ready: Callable[[], bool]
@@ -71,6 +81,8 @@ class Alternating(Reporter):
         super().__init__(storage, None)
         self.plan = [running for pair in range(pairs) for running in (pair % 2 > 0, pair % 2 == 0)]
         self.blocks: list[tuple[bool, float]] = []
+        self.shares: list[float] = []
+        self.used = 0.0
         self.block_seconds, self.save_every, self.ready = seconds, save_every, ready
         self.length, self.left = 0, WARM_UP
         self.began = self.born = time.perf_counter()
@@ -86,7 +98,11 @@ class Alternating(Reporter):
             return
         now = time.perf_counter()
         if self.length:
-            self.blocks.append((self.plan[len(self.blocks)], self.length / (now - self.began)))
+            running = self.plan[len(self.blocks)]
+            self.blocks.append((running, self.length / (now - self.began)))
+            if running:
+                cores = len(os.sched_getaffinity(0))
+                self.shares.append((cpu_seconds(trackers()) - self.used) / (now - self.began) / cores)
         elif not self.ready():
             if now - self.born > READY_SECONDS:
                 raise RuntimeError(f"the trackers did not begin in {READY_SECONDS:.0f} s")
@@ -95,7 +111,9 @@ class Alternating(Reporter):
             wanted = self.block_seconds * (step + 1) / (now - self.born)
             self.length = max(1, round(wanted / self.save_every)) * self.save_every
         if not self.done:
-            for process in trackers():
+            feeding = trackers()
+            self.used = cpu_seconds(feeding)
+            for process in feeding:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.resume() if self.plan[len(self.blocks)] else process.suspend()
         self.left, self.began = self.length, time.perf_counter()
@@ -172,6 +190,7 @@ def main() -> int:
         "without": [speed for running, speed in found.blocks if not running],
         "with": [speed for running, speed in found.blocks if running],
         "slowdowns": slower,
+        "cpu_share": statistics.mean(found.shares),
         "slowdown_share": statistics.median(slower),
         "mean_share": statistics.mean(slower),
         "standard_error": error,
@@ -183,7 +202,8 @@ def main() -> int:
         print(f"{number:<8}{without:>12.2f}{with_:>12.2f}{share:>10.2%}")
     print(
         f"with {' and '.join(KINDS)} a step takes {row['slowdown_share']:.2%} longer in the median of {len(slower)} "
-        f"pairs, {row['mean_share']:.2%} in the mean, with a standard error of {error:.2%}"
+        f"pairs, {row['mean_share']:.2%} in the mean, with a standard error of {error:.2%}; meanwhile trackers use "
+        f"{row['cpu_share']:.2%} of all cores"
     )
     if args.out:
         write("trackers", [row], args.out)

@@ -37,7 +37,8 @@ class Attempt(BaseModel):
 
     began: str = Field(default_factory=now)
     ended: str | None = None
-    outcome: str | None = None  # done, stopped, or why it failed
+    outcome: str | None = None  # done, or why not
+    stopped: bool = False  # as somebody asked
     arguments: list[str] = []
     actions: dict[str, str] = {}
     hardware: str | None = None
@@ -80,7 +81,8 @@ class Diary:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self.end("interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__)
+            stopped = isinstance(error, KeyboardInterrupt)
+            self.end("interrupted" if stopped else str(error) or type(error).__name__, stopped)
 
     def tell(self, stage: str, incidents: Sequence[Incident]) -> None:
         """Keeps those of a stage that it has not been told before."""
@@ -97,9 +99,9 @@ class Diary:
             self.attempt.places[what] = where
             self._write()
 
-    def end(self, outcome: str) -> None:
+    def end(self, outcome: str, stopped: bool = False) -> None:
         with self._lock:
-            self.attempt.ended, self.attempt.outcome = now(), outcome
+            self.attempt.ended, self.attempt.outcome, self.attempt.stopped = now(), outcome, stopped
             self._write()
 
     def _write(self) -> None:

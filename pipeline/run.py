@@ -186,14 +186,15 @@ def execute(
             cause = getattr(error, "cause", error)
             progress, trace = store.progress(name), f"{store.stage(name).uri}/{TRACEBACK}"
             words = (progress and progress.error) or str(cause) or type(cause).__name__
-            diary.end(f"stage {name} failed: {words}")
+            stopped = progress is not None and progress.state == "stopped"
+            diary.end(f"stage {name}: {words}" if stopped else f"stage {name} failed: {words}", stopped)
             where = f"; the traceback is in {trace}" if store.stage(name).exists(TRACEBACK) else ""
             told = (
                 f"stage {name} failed: {words}\nwhat is done stays done: run the same command again to go on from "
                 f"there{where}"
             )
             return error if debug else StageError(told)
-    diary.end("stopped as asked" if stopping else "done")
+    diary.end("stopped as asked" if stopping else "done", stopped=bool(stopping))
     return None
 
 

@@ -316,11 +316,6 @@ class TuneConfig(TrainConfig):
 
     epochs: float = Field(1.0, gt=0, description="passes over the rows")
 
-    @property
-    def sample_every(self) -> int:
-        """Steps between samples of what the model says, the last besides: at every validation."""
-        return self.eval_every
-
 
 class RLConfig(OptimizerConfig):
     steps: int | None = Field(

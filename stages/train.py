@@ -80,9 +80,9 @@ def work(arguments: dict[str, Any]) -> None:
             arguments["eval_data"], config.core_examples, tokenizer, model.spec, world, config.precision
         )
         benchmark = (config.core_every, asked)
-    on_base = isinstance(config, BaseConfig)
-    speaker = Speaker(tokenizer, model.spec, world, config.precision, chat=not on_base)
-    speak = (config.sample_every, speaker) if config.sample_every or not on_base else None
+    speaker = Speaker(tokenizer, model.spec, world, config.precision, chat=context.stage != "base")
+    silent = isinstance(config, BaseConfig) and not config.sample_every
+    speak = None if silent else (functools.partial(speaks, config), speaker)
     reporter = Reporter(context.storage, schedule.steps, world.rank > 0, schedule.seconds, config.max_skipped)
     if benchmark is not None and (left_out := benchmark[1].left_out):
         reporter.note(f"CORE on the way is without {', '.join(left_out)}, whose answers do not fit into the context")
@@ -92,6 +92,14 @@ def work(arguments: dict[str, Any]) -> None:
         reporter.close()
         wait_until_made(context)
         publish_model(context, model, tokenizer, reporter, world, scratch)
+
+
+def speaks(config: BaseConfig | TuneConfig, step: int) -> bool:
+    """Whether what the model says is kept before this step: in mid and sft at every validation, in base from time to
+    time, and never of weights that have not learned anything."""
+    if isinstance(config, BaseConfig):
+        return step > 0 and step % config.sample_every == 0
+    return config.eval_every > 0 and step % config.eval_every == 0
 
 
 def initial_model(

@@ -83,9 +83,9 @@ def test_every_step_is_on_record(line: Run, stage: str) -> None:
 def test_what_the_model_says_is_kept_at_every_evaluation(line: Run, stage: str) -> None:
     """To the same prompts all along; and what base says last is what its artifact says."""
     said = [json.loads(text) for text in (line.path / stage / "samples.jsonl").read_text().splitlines()]
-    steps, every = EXPECTED_STEPS[stage], {"base": 15, "mid": 20, "sft": 20, "rl": 20}[stage]
+    steps, first, every = EXPECTED_STEPS[stage], *((15, 15) if stage == "base" else (0, 20))
     prompts = PROMPTS[stage != "base" :]
-    expected = [(step, prompt) for step in [*range(0, steps, every), steps] for prompt in prompts]
+    expected = [(step, prompt) for step in [*range(first, steps, every), steps] for prompt in prompts]
     assert [(one["step"], one["prompt"]) for one in said] == expected
     if stage == "base":
         model, tokenizer = from_pretrained(line.path / stage), Tokenizer.load(line.path / stage)

@@ -254,6 +254,17 @@ def test_a_run_that_failed_half_way_has_a_report(tmp_path: Path) -> None:
     assert "nothing is evaluated yet" not in section(found, "At a glance")  # the loss so far is known
 
 
+def test_how_good_a_run_is_so_far_is_told_of_what_it_has_learned(tmp_path: Path) -> None:
+    """And not of what a stage that has just begun was given; to be asked to stop is no failure."""
+    made = Made(tmp_path)
+    made.done("base", {METRICS: records("base", 120)})
+    made.done("mid", {METRICS: json.dumps({"step": 0, "val_bpb_mid": 3.9})})
+    Diary(made.store.storage, [], {"mid": "run"}, "").end("stage mid: stopped as asked", stopped=True)
+    first = section(made.report(), "At a glance")
+    assert "How good: val_bpb 0.5; bits a byte of held-out text, at step 120 of base" in first
+    assert "1 stopped: stage mid: stopped as asked" in first and "failed" not in first
+
+
 def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
     found = Made(tmp_path).report()
     assert "not finished: stopped; 0 of 11 stages are done" in section(found, "At a glance")

@@ -104,7 +104,7 @@ def run(
     model: LanguageModel | None = None,
     validate: Callable[[LanguageModel], float | dict[str, float]] = lambda _: math.nan,
     schedule: Schedule | None = None,
-    speak: tuple[int, Callable[[LanguageModel], list[dict[str, str]]]] | None = None,
+    speak: tuple[Callable[[int], bool], Callable[[LanguageModel], list[dict[str, str]]]] | None = None,
 ) -> tuple[LanguageModel, Reporter]:
     """One attempt of a run whose stage lies at `path`; `validate` gives val_bpb. Raises Killed in the validation of
     step `stop_at`."""
@@ -214,18 +214,19 @@ def test_what_the_model_said_is_kept_once_of_each_step_whenever_it_is_killed(
     def said(model: LanguageModel) -> list[dict[str, str]]:
         return [{"prompt": "sum", "text": str(model.lm_head.weight.sum().item())}]
 
+    speak = (lambda step: every > 0 and step % every == 0, said)
     silent, record = run(tmp_path / "silent", rows)
-    whole, spoken = run(tmp_path / "whole", rows, speak=(every, said))
+    whole, spoken = run(tmp_path / "whole", rows, speak=speak)
     assert losses(spoken) == losses(record) and same_weights(whole, silent)
     assert not record.samples and [s["step"] for s in spoken.samples] == [
         *(range(0, STEPS, every) if every else ()),
         STEPS,
     ]
     with pytest.raises(Killed):
-        run(tmp_path / "broken", rows, stop_at=2 * STOP, speak=(every, said))
+        run(tmp_path / "broken", rows, stop_at=2 * STOP, speak=speak)
     with pytest.raises(Killed):  # in its first validation, which comes after the restore
-        run(tmp_path / "broken", rows, stop_at=0, speak=(every, said))
-    _, resumed = run(tmp_path / "broken", rows, speak=(every, said))
+        run(tmp_path / "broken", rows, stop_at=0, speak=speak)
+    _, resumed = run(tmp_path / "broken", rows, speak=speak)
     assert resumed.samples == spoken.samples
 
 

@@ -61,7 +61,7 @@ def _tile(run: RunFacts, known: Known) -> Tile:
     figure, below = how_good(run)
     usd, wrong = cost(run, known), len(incidents(run))
     spent = f"{f'{money(usd)} in ' if usd is not None else ''}{duration(run.seconds)}"
-    kind: Kind = "good" if run.state == "done" and not wrong else "bad" if run.state == "failed" or wrong else "plain"
+    kind: Kind = "bad" if run.state == "failed" else "plain" if wrong or run.state != "done" else "good"
     return Tile(run.name, figure, f"{below}. {run.state}, {spent}, {wrong or 'no'} incident(s)", kind)
 
 
@@ -107,7 +107,8 @@ def _evaluations(runs: list[RunFacts]) -> list[Block]:
         blocks.append(Table(["", *(run.name for run in runs)], rows, f"After {of(found[0])}"))
     note = (
         f"In brackets 95% intervals; below, how far a run is from {runs[0].name}, with p, how likely two equal models "
-        "differ so much on the same questions (McNemar's exact test), where each question's outcome is kept."
+        "differ so much on the same questions (McNemar's exact test, of CORE and ChatCORE its normal approximation), "
+        "where each question's outcome is kept."
     )
     return [*blocks, Text(note)] if blocks else [Text("None of these runs is evaluated yet.")]
 

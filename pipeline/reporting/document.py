@@ -120,8 +120,8 @@ def how_good(run: RunFacts) -> tuple[str, str]:
     for stage in reversed(run.stages):
         name = next((n for n in stage.columns if n.startswith("val_bpb")), None)
         name = name or ("loss" if "loss" in stage.columns else None)
-        if name is not None:
-            at = int(stage.columns[name][0][-1])
+        at = int(stage.columns[name][0][-1]) if name is not None else 0
+        if name is not None and at > 0:  # before its first step, it is the stage before that is measured
             return (
                 f"{name} {number(float(stage.columns[name][1][-1]))}",
                 f"{meaning(name)}, at step {at:,} of {stage.name}",
@@ -322,7 +322,8 @@ def evaluations(run: RunFacts) -> list[Block]:
         rows.append(row)
     note = (
         "In brackets 95% intervals; below, the gain since the evaluation before, with p, how likely two equal models "
-        "differ so much on the same questions (McNemar's exact test), where each question's outcome is kept."
+        "differ so much on the same questions (McNemar's exact test, of CORE and ChatCORE its normal approximation), "
+        "where each question's outcome is kept."
     )
     return [Table(["", *(of(stage) for stage in stages)], rows), Text(note)]
 
@@ -515,8 +516,8 @@ def incidents(run: RunFacts) -> list[Happened]:
             text = "this attempt, begun then, ended without a word: killed, or its machine was lost"
             found.append(Happened(attempt.began, "", "killed", text))
         elif attempt.outcome not in (None, "done"):
-            stopped = attempt.outcome in ("stopped as asked", "interrupted")
-            found.append(Happened(attempt.ended or "", "", "stopped" if stopped else "failed", attempt.outcome or ""))
+            kind = "stopped" if attempt.stopped else "failed"
+            found.append(Happened(attempt.ended or "", "", kind, attempt.outcome or ""))
     for stage in run.stages:
         found += [Happened(told.at, stage.name, told.kind, told.text) for told in stage.incidents]
         if stage.error and not any(stage.error in one.text for one in found):  # where its attempt has not told it

@@ -38,14 +38,14 @@ def train(
     reporter: Reporter,
     validate: Callable[[LanguageModel], dict[str, float]],
     benchmark: tuple[int, Callable[[LanguageModel], dict[str, float]]] | None = None,
-    speak: tuple[int, Callable[[LanguageModel], list[dict[str, str]]]] | None = None,
+    speak: tuple[Callable[[int], bool], Callable[[LanguageModel], list[dict[str, str]]]] | None = None,
 ) -> None:
     """Trains `model` in place to the end of `schedule`, going on from the newest checkpoint.
 
     Validation runs before step 0, every `eval_every` steps and at the end, always after the save of the same step. Of
     the figures that `validate` gives, the first says which weights are best: those where it is lowest. A `benchmark` is
-    measured every so many steps besides, after the save of that step, too. What `speak` has the model say is kept,
-    before every so many steps (0: before none) and after the last. Raises Stopped once `reporter.stop` is set,
+    measured every so many steps besides, after the save of that step, too. What the second of `speak` has the model say
+    is kept, before each step that the first wants it of and after the last. Raises Stopped once `reporter.stop` is set,
     FloatingPointError after too many steps in a row that are not finite.
     """
     assert config.total_batch_size is not None
@@ -70,7 +70,7 @@ def train(
         ending = bool(stop) or schedule.over(step, elapsed, step_seconds)
         evaluating = not ending and config.eval_every > 0 and step % config.eval_every == 0
         measuring = not ending and benchmark is not None and step > 0 and step % benchmark[0] == 0
-        speaking = not ending and speak is not None and speak[0] > 0 and step % speak[0] == 0
+        speaking = not ending and speak is not None and speak[0](step)
         due = ending or step % config.save_every == 0 or unsaved > save_seconds or (evaluating and config.keep_best)
         # after a step that was skipped a save that is only due can wait
         if step > saved and (due or measuring) and (ok or ending or (evaluating and config.keep_best)):
