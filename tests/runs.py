@@ -21,6 +21,8 @@ from typing import IO, Any
 
 import psutil
 
+from pipeline.artifacts import REPORT
+
 ROOT = Path(__file__).parents[1]
 # What may differ between two runs of the same thing.
 TIMING = ("_ms", "_share", "tokens_per_second", "_gb", "mfu", "cpu_cores", "gpu_watts", "gpu_celsius")
@@ -183,7 +185,9 @@ class Run:
         return dict(json.loads(shown.stdout))
 
     def manifests(self) -> dict[str, bytes]:
-        return {path.parent.name: path.read_bytes() for path in sorted(self.path.glob("*/manifest.json"))}
+        """Of the stages; the run's report, which says when it was made, is none."""
+        found = {path.parent.name: path.read_bytes() for path in sorted(self.path.glob("*/manifest.json"))}
+        return {name: made for name, made in found.items() if name != REPORT}
 
     def records(self, stage: str) -> list[dict[str, Any]]:
         """metrics.jsonl of a finished stage."""
