@@ -22,7 +22,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.resources import Devices
 from corpus.conversation import render_prompt
 from corpus.synthetic import Split
 from corpus.tokenizers import Tokenizer
@@ -32,10 +31,9 @@ from models.spec import ModelSpec
 from stages import report
 from stages.config import EvaluateConfig
 from stages.evaluate import graded, measure, with_room
-from stages.evaluation.stage import samples
+from stages.evaluation.spoken import Speaker
 from stages.evaluation.text import Ours
 from stages.training.parallel import World
-from stages.training.state import export
 from tasks.arithmetic import Arithmetic
 from tasks.base import NumberProblems, Problem, Tool
 from tasks.estimates import interval, maj_at_k, pass_at_k
@@ -230,12 +228,13 @@ def test_a_problem_that_chars_cannot_write_is_named_with_what_to_do() -> None:
 
 
 def test_what_chars_cannot_write_is_left_out_and_ends_nothing(tmp_path: Path) -> None:
-    """A prompt of the samples after base, and a result of the calculator."""
+    """A prompt of the samples, and a result of the calculator."""
     tokenizer = Tokenizer.open("chars", "0123456789/abcdefghijklmnopqrstuvwxyz ")
     model = build(ModelSpec("depth", 1, 32, 2, 2, 64, tokenizer.vocab_size, sequence_len=32, softcap=15.0))
     model.init_weights(0)
-    export(model, tokenizer, tmp_path)
-    assert [said["prompt"] for said in samples(tmp_path, Devices("cpu", 0, 1))] == [""]
+    for chat, expected in ((False, [""]), (True, [])):
+        speaker = Speaker(tokenizer, model.spec, ALONE, "fp32", chat)
+        assert [said["prompt"] for said in speaker(model)] == expected
     answer = Ours(tokenizer).turns(NumberProblems.tools).answer
     assert tokenizer.decode(answer(tokenizer.encode("12/4"))) == "<|output_start|>3<|output_end|>"
     assert answer(tokenizer.encode("1/3")) == []
