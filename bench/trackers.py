@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -173,6 +174,7 @@ def main() -> int:
     if args.pairs < 2 or args.save_every < 1 or not args.seconds > 0:
         parser.error("--pairs must be at least 2, --save-every at least 1, --seconds above 0")
     check_installed(KINDS)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else it would leave halted processes behind
     spec = ModelSpec.from_dial("depth", args.depth, args.vocab, args.seq)
     settings = TrainConfig(
         total_batch_size=args.device_batch * args.seq,
