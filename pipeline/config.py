@@ -261,8 +261,6 @@ def load_config(
         raise ConfigError(str(error)) from error
     if config.base.core_every and config.evaluate.data is None:
         raise ConfigError("base.core_every asks CORE, whose bundle is missing: give --eval-data")
-    if config.base.core_every and config.base.parallel == "fsdp":
-        raise ConfigError("base.core_every needs whole weights on every worker: set base.parallel to ddp or zero1")
     fewest, most = checked.workers
     if checked.base.budget_usd is not None and fewest != most:
         raise ConfigError("budget_usd needs a fixed number of --workers, as what an hour costs depends on it")
