@@ -102,9 +102,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served() -> Iterator[str]:
-    """Where Hub answers."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+def served(handler: type[BaseHTTPRequestHandler] = Hub) -> Iterator[str]:
+    """Where `handler` answers."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

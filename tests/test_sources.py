@@ -14,17 +14,16 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub import served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -635,18 +634,6 @@ class Hub(BaseHTTPRequestHandler):
 AT_HUB = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
 
-@contextmanager
-def served() -> Iterator[str]:
-    """Where Hub answers."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 def test_evaluation_data_of_the_hub_is_read_as_a_folder_of_it(tmp_path: Path) -> None:
     """A bundle of CORE as it is, as a folder or zip within a data set, and the folders of other tasks beside it;
     without a network what was downloaded before."""
@@ -673,7 +660,7 @@ def test_evaluation_data_of_the_hub_is_read_as_a_folder_of_it(tmp_path: Path) ->
         "    try: suite(['core'], wrong)\n"
         "    except (ValueError, OSError) as error: print(error)"
     )
-    with served() as endpoint:
+    with served(Hub) as endpoint:
         env = AT_HUB | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint}
         *stamps, mmlu, unknown, absent = run_python(program, **env).splitlines()
     assert len(stamps) == 4 and len(set(stamps)) == 1
@@ -695,7 +682,7 @@ def test_remote_files_are_pinned_downloaded_once_and_resumed(tmp_path: Path) -> 
         "import hashlib; digest = hashlib.sha256(''.join(d.text for d in documents).encode()).hexdigest()\n"
         "print(json.dumps([found, digest, documents[-1], count_records('hub:me/set')]))"
     )
-    with served() as endpoint:
+    with served(Hub) as endpoint:
         env = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint}
         found, digest, last, count = json.loads(run_python(program, **env, **AT_HUB))
     uris = [f"hf://datasets/me/set@{COMMIT}/{name}" for name in texts]
