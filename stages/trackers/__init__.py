@@ -107,4 +107,5 @@ def same(one: Record, other: Record) -> bool:
 
 def begins(part: list[Record], whole: list[Record]) -> bool:
     """Whether `whole` begins with all of `part`."""
-    return len(part) <= len(whole) and all(map(same, part, whole))
+    there = whole[: len(part)]
+    return part == there or (len(part) == len(there) and all(map(same, part, there)))
