@@ -223,6 +223,11 @@ class Screen:
         before, _, self.shown = self.shown.partition(text)
         return before
 
+    def prompted(self, prompt: str = "> ", seconds: float = 60) -> str:
+        """What is shown up to the next prompt, before which readline asks for pasted text to be marked. So the same
+        letters within an answer are no prompt."""
+        return self.until(f"\x1b[?2004h{prompt}", seconds)
+
     def end(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
@@ -232,33 +237,33 @@ def test_a_conversation_in_a_terminal(model: Path, tmp_path: Path) -> None:
     takes back what was typed, and Ctrl-D ends it."""
     screen = Screen(model, tmp_path)
     try:
-        screen.until("> ")
+        screen.prompted()
         screen.type(f"{SUM}\r")
         screen.until("#### 408")
-        screen.until("> ")
+        screen.prompted()
         screen.type("half\x03")
-        screen.until("> ")
+        screen.prompted()
         screen.type("/new\r")
-        screen.until("> ")
+        screen.prompted()
         screen.type("\x1b[A\x1b[A\r")  # what was asked before
         screen.until("#### 408")
-        screen.until("> ")
+        screen.prompted()
         screen.type("/new\r")
-        screen.until("> ")
+        screen.prompted()
         screen.type("hostile?\r")
         screen.until("hostile?")
-        shown = screen.until("> ")
+        shown = screen.prompted()
         colours = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?2004[hl]|\r\n|\r")
         assert plain(HOSTILE) in shown and plain(colours.sub("", shown)) == colours.sub("", shown)
         screen.type("\x1b[200~one\ntwo\x1b[201~\r")
         screen.until("two")
-        screen.until("> ")
+        screen.prompted()
         screen.type("letters\\\r")
-        screen.until(". ")
+        screen.prompted(". ")
         screen.type("?\r")
-        screen.until("> ")
+        screen.prompted()
         screen.type(f"/save {tmp_path}/saved.jsonl\r")
-        screen.until("> ")
+        screen.prompted()
         screen.type("\x04")
         assert screen.end() == 0
     finally:
@@ -279,13 +284,13 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(model: Path, tmp_path: Path)
     save_file(weights, endless / "model.safetensors")
     screen = Screen(endless, tmp_path)
     try:
-        screen.until("> ")
+        screen.prompted()
         screen.type(f"{SUM}\r")
         screen.until("408")
         screen.type("\x03")
-        screen.until("> ", seconds=10)
+        screen.prompted(seconds=10)
         screen.type(f"/save {tmp_path}/saved.jsonl\r")
-        screen.until("> ")
+        screen.prompted()
         screen.type("\x04")
         assert screen.end() == 0
     finally:
