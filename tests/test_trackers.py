@@ -257,3 +257,17 @@ def test_which_trackers_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert folder_of(other.tracking, Storage(tmp_path)) == Path("/elsewhere")
     remote = folder_of(config().tracking, Storage("s3://bucket/runs?scheme=http"))
     assert remote == Path(os.getcwd(), "fathom-tracking", "bucket", "runs")
+
+
+def test_a_tracker_gives_way_to_training() -> None:
+    """By its own nice value, and by that of its session where the kernel has such."""
+    said = "from stages.trackers.follow import give_way; give_way(); import os; print(os.nice(0))"
+    sessions = (
+        "from pathlib import Path; there = Path('/proc/self/autogroup'); print(there.exists() and there.read_text())"
+    )
+    code = [sys.executable, "-c", f"{said}; {sessions}"]
+    ran = subprocess.run(code, start_new_session=True, capture_output=True, text=True, check=True, cwd=ROOT)
+    own, session = ran.stdout.split(maxsplit=1)
+    assert int(own) >= 10
+    if session.strip() not in ("", "False"):
+        assert session.split()[-2:] == ["nice", "10"]

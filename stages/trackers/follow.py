@@ -7,6 +7,7 @@ goes to standard error, a log, which is locked meanwhile: two processes that fee
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -14,10 +15,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from cluster.storage import Storage, StorageError
 from stages.trackers import SAID, Job, Say, Tracker, settled
 
+NICE = 10
 POLL_SECONDS = 5.0
 LOCK_SECONDS = 10.0  # for what a killed one had started, which writes out what it was given
 
@@ -68,8 +71,16 @@ def lock(say: Say, ended: Callable[[float], bool]) -> bool:
         waited += 0.5
 
 
+def give_way() -> None:
+    """Training comes first. A nice value counts within a session only where Linux shares the CPU among sessions before
+    it does so among their processes (autogroup), and this process has a session of its own, which so is nice, too."""
+    os.nice(NICE)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICE))
+
+
 def main() -> int:
-    os.nice(10)  # training comes first
+    give_way()
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     job = Job.model_validate_json(sys.stdin.readline())
