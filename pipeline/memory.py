@@ -31,8 +31,8 @@ CHUNK_BYTES = {"cuda": 256 * MIB, "cpu": 4 * MIB}  # of kernels.cross_entropy
 FEWEST_ROWS = 256  # likewise
 MUON_STACKS = 5  # fp32 copies of a stack of matrices alive while its update is computed: kernels.muon
 # Of a GPU: CUDA's context with the kernels loaded, about 0.6 GB, and buffers of NCCL and cuBLAS. Of a CPU: Python,
-# torch and its libraries; measured.
-PROCESS_BYTES = {"cuda": 1.2e9, "cpu": 0.64e9}
+# torch and its libraries, 0.64 GB, and 0.12 GB of Ray and its libraries; measured.
+PROCESS_BYTES = {"cuda": 1.2e9, "cpu": 0.76e9}
 COMPILER_BYTES = {"cuda": 0.0, "cpu": 0.06e9}  # where it compiles; on a GPU that is the host's memory; measured
 # Of an engine beside RL's learner (models.vllm_engine): its share of a GPU while it samples; its process on a CPU,
 # measured, and at most so much for keys and values of so many rows.

@@ -8,6 +8,7 @@ the request the first rank writes the figures (.answer), the first rank to fail 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -192,6 +193,7 @@ def reason(error: Exception) -> str:
 
 
 def main(path: Path) -> None:
+    importlib.import_module("stages.train")  # with Ray and its libraries, as the workers of a run have them in memory
     request: dict[str, Any] = json.loads(path.read_text())
     try:
         if "LOCAL_WORLD_SIZE" in os.environ:
