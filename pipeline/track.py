@@ -71,11 +71,14 @@ class Feeder:
             say(self.console, f"{self.job.kind}: {line.rstrip()}")
             self.said(self.job.kind, line.rstrip())
 
-    def finish(self, deadline: float | None) -> bool:
-        """Has it take over the rest and end, by `deadline` at the latest; whether it did."""
+    def end(self) -> None:
+        """Has it take over the rest and end."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
+
+    def finish(self, deadline: float | None) -> bool:
+        """Waits for its end, until `deadline` at the latest; whether it has taken over everything."""
         later = f"`fathom track {self.job.run} --to {self.job.kind}` gives it what is missing"
         try:
             status = self.process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -164,6 +167,8 @@ def tracked(
         yield failed
     finally:
         deadline = None if limit is None else time.monotonic() + limit
+        for feeder in feeders:  # each has all of the time, whatever another does with it
+            feeder.end()
         failed += [feeder.job.kind for feeder in feeders if not feeder.finish(deadline)]
 
 

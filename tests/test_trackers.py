@@ -230,6 +230,19 @@ def test_a_tracker_that_fails_is_one_message_and_soon_over(
     assert len(said) == 1 and ("not ready in time" if hangs else "RuntimeError: planted") in said[0], out.getvalue()
 
 
+def test_a_tracker_that_hangs_takes_no_time_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(PLANTED.format(where="finish", hangs=True))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    records, out = some(60), io.StringIO()
+    keep(tmp_path, "base", records[:20], 18)
+    config = load_config("demo", {"name": "r", "storage": str(tmp_path), "tracking": {"mode": "offline"}})
+    with tracked(config, ["base"], ["wandb", "tensorboard"], Console(file=out, width=500), limit=8) as failed:
+        until(lambda: len(shown("tensorboard", tmp_path / "fathom-tracking")) == 20)
+        keep(tmp_path, "base", records)
+    assert failed == ["wandb"] and out.getvalue().count("not ready in time") == 1, out.getvalue()
+    assert plain(shown("tensorboard", tmp_path / "fathom-tracking")) == plain(records)
+
+
 def test_a_tracker_that_is_not_there_is_told_with_what_to_do(tmp_path: Path) -> None:
     wrong = fathom("run", "--preset", "demo", "--storage", str(tmp_path), "--track", "wandbb", "--dry-run", seconds=60)
     one_clear_message(wrong, "wandbb", "did you mean wandb?")
