@@ -401,8 +401,10 @@ def test_thinned_curves_keep_their_ends_and_extremes(values: list[float], most: 
     assert of[kept].min() == of.min() and of[kept].max() == of.max()
 
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=40, max_size=300))
-def test_the_smoothed_line_is_a_mean_of_neighbours(values: list[float]) -> None:
+@given(st.lists(st.floats(-1e3, 1e3), min_size=40, max_size=300), st.integers(0, 39))
+def test_the_smoothed_line_is_a_mean_of_neighbours(values: list[float], huge: int) -> None:
+    """And of nothing else: a step at which a figure was huge is not felt by others."""
+    values[huge] = 1e30
     steps, of = np.arange(len(values), dtype=float), np.array(values)
     at, smooth = smoothed(steps, of) or (steps, of)
     half = max(2, len(values) // 40)
@@ -492,6 +494,17 @@ def test_what_lies_in_storage_costs_a_report_no_more_than_its_own_part(tmp_path:
     assert "3 lines of" in said and "completions.jsonl are of another form" in said
     assert f"5 lines of {METRICS} are no records" in said and "mid | failed" in said
     assert "Loss" in curves(page(found))  # of the other stages
+
+
+def test_figures_near_the_end_of_what_a_number_can_be_have_a_report(tmp_path: Path) -> None:
+    made = Made(tmp_path).whole()
+    lines = [{"step": step, "loss": 1.7e308, "grad_norm": 1e299, "step_ms": 1e308} for step in range(100)]
+    made.done("base", {METRICS: "".join(json.dumps(line) + "\n" for line in lines)})
+    made.done("evaluate_rl", metrics={"greedy": 0.5, "problems": 10**299, "val_bpb_full": 1e308})
+    found = made.report()
+    assert "100 step(s): loss was not finite: 0, 1, 2" in section(found, "Incidents")
+    assert max(curves(page(found))["Gradient norm"]["series"][0]["sy"]) == pytest.approx(1e299)
+    assert "of 1e+299 held-out problems" in section(found, "At a glance")
 
 
 FILES = {

@@ -670,9 +670,8 @@ def command(config: Config) -> str:
 def number(value: float) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "–"
-    if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
-        return f"{value:,.0f}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    whole = isinstance(value, int) or abs(value) >= 1000
+    return f"{value:,.0f}" if whole and abs(value) < 1e15 else f"{value:.4g}"
 
 
 def compact(value: float) -> str:
