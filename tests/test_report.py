@@ -651,6 +651,14 @@ def test_curves_answer_to_keys_and_to_the_pointer(tmp_path: Path) -> None:
         await shown.press("l")
         assert await shown.says(f"{chart}.querySelector('button').getAttribute('aria-pressed')") == "true"
         await shown.press("l")
+        for presses in (2, 60):  # close, and as close as a key that is held down goes, between two points
+            for _ in range(presses):
+                await shown.press("+")
+            for _ in ("logarithmic", "linear"):
+                await shown.press("l")
+                near = (await shown.says(labels)).split()
+                assert await shown.says(labels) != whole and "NaN" not in near and len({*near}) == len(near) > 6, near
+        await shown.press("Escape")
         await shown.says(f"{chart}.scrollIntoView()")
         box = json.loads(await shown.says(f"JSON.stringify({chart}.querySelector('svg').getBoundingClientRect())"))
         at = [(box["x"] + share * box["width"], box["y"] + 60) for share in (0.5, 0.8)]
@@ -663,6 +671,32 @@ def test_curves_answer_to_keys_and_to_the_pointer(tmp_path: Path) -> None:
         for axis, said in (("tokens", "tokens"), ("hours", "hours of steps")):
             await shown.says(f"document.querySelector('input[value={axis}]').click()")
             assert said in await shown.says(labels)
+        assert shown.complaints == []
+
+    look(act)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_curves_of_odd_records_are_drawn_on_every_axis(tmp_path: Path) -> None:
+    """Of a stage that ended before its first step, and with an interval that begins at 0."""
+    made, path = Made(tmp_path).whole(), tmp_path / "report.html"
+    made.done("mid", {METRICS: json.dumps({"step": 0, "val_bpb_mid": 3.9})})
+    held_out = [
+        {"step": i, "val_greedy": 0.1 + i / 99, "val_greedy_low": 0.0, "val_greedy_high": 1.0} for i in range(9)
+    ]
+    made.done("rl", {METRICS: "".join(json.dumps(line) + "\n" for line in held_out)})
+    path.write_text(page(made.report()))
+
+    async def act(shown: Page) -> None:
+        await shown.open(path, 1000)
+        figures = "[...document.querySelectorAll('figure.chart')]"
+        for axis in ("tokens", "hours", "steps"):
+            await shown.says(f"document.querySelector('input[value={axis}]').click()")
+            said = await shown.says(f"{figures}.map(f => f.querySelector('svg').textContent)")
+            assert all(axis.removesuffix("s") in one for one in said), said
+        await shown.says(f"{figures}.forEach(f => f.querySelector('button').click())")
+        said = await shown.says(f"{figures}.map(f => f.querySelector('svg').innerHTML)")
+        assert not any("NaN" in one or "Infinity" in one for one in said)
         assert shown.complaints == []
 
     look(act)
