@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 from rich.console import Console
 
 from cluster.storage import Storage
 from pipeline.artifacts import TRACKING, RunStore
+from pipeline.attempts import attempts
 from pipeline.config import (
     STAGE_NAMES,
     Config,
@@ -135,7 +135,6 @@ def tracked(
     names: Sequence[str],
     kinds: Sequence[str],
     console: Console,
-    hardware: dict[str, Any] | None = None,
     limit: float | None = FINISH_SECONDS,
     said: Callable[[str, str], None] = lambda kind, text: None,
 ) -> Iterator[list[str]]:
@@ -144,6 +143,8 @@ def tracked(
     shows the run, or what is wrong."""
     tracking, storage = config.tracking, Storage(config.storage)
     feeders, failed = [], list[str]()
+    attempted = attempts(storage.at(config.name)) if kinds else []
+    hardware = {stage: attempt.hardware for attempt in attempted for stage in attempt.actions if attempt.hardware}
     for kind in kinds:
         job = Job(
             kind=kind,
@@ -155,7 +156,7 @@ def tracked(
             entity=tracking.entity,
             tags=list(tracking.tags),
             mode=tracking.mode,
-            hardware=hardware or {},
+            hardware=hardware,
             limit=limit,
         )
         try:
