@@ -27,8 +27,9 @@ from rich.console import Console
 from test_status import VALUES
 
 from cluster import manifest as manifests
+from cluster.hardware import parse_gpus
 from cluster.manifest import METRICS, SAMPLES, Incident, Manifest, checkpoint_path
-from cluster.storage import FileEntry, Storage, StorageError
+from cluster.storage import MARKER, FileEntry, Storage, StorageError
 from pipeline import cli, run, runs
 from pipeline.artifacts import RunStore
 from pipeline.attempts import Diary, attempts
@@ -168,7 +169,8 @@ class Elements(HTMLParser):
 
 
 def test_a_finished_run_is_told_in_order(tmp_path: Path) -> None:
-    found = Made(tmp_path).whole().report(usd_per_gpu_hour=36.0)
+    made = Made(tmp_path).whole()
+    found = made.report(usd_per_gpu_hour=36.0)
     assert tuple(s.title for s in found.sections) == SECTIONS
     first = section(found, "At a glance")
     assert "How good: 75.0%; of 20 held-out problems solved, after rl" in first
@@ -177,6 +179,10 @@ def test_a_finished_run_is_told_in_order(tmp_path: Path) -> None:
     assert "983,040 in 120 steps" in section(found, "What was trained, and what it cost")
     assert "20,000 in 40 steps" in section(found, "What was trained, and what it cost")
     planned = section(found, "Planned and measured")
+    on_gpus = made.report(gpus=parse_gpus("8xH100"))
+    assert "\nPlanned on 8 x H100-SXM (others with --gpus), " in section(on_gpus, "Planned and measured")
+    assert "What it cost: 1m50s; of all stages, on 8 x H100-SXM\n" in section(on_gpus, "At a glance")
+    assert "Planned on" not in planned
     assert "steps of base | 120 | 120 | 1.00" in planned and "memory of a worker in base, GB" in planned
     evaluated = section(found, "Evaluations")
     assert (
@@ -455,6 +461,20 @@ def test_runs_are_laid_over_each_other(tmp_path: Path, capsys: pytest.CaptureFix
     assert "−0.550, p < 0.001" in shown and "| base.matrix_lr | 0.02 | 0.03 |" in text
 
 
+def test_a_run_whose_settings_cannot_be_read_differs_in_none(tmp_path: Path) -> None:
+    config = load_config("demo", {"name": "b", "storage": str(tmp_path)}, ["base.matrix_lr=0.03"])
+    runs = [Made(tmp_path, "a").whole(), Made(tmp_path, "b", config).whole(), Made(tmp_path, "c").whole()]
+    runs[2].store.storage.write_bytes("config.json", b"{")
+
+    def said(*some: Made) -> str:
+        return section(comparison([facts.collect(made.store) for made in some], Known()), "Settings that differ")
+
+    unread = "The configuration of c cannot be read."
+    assert said(*runs) == f"{unread}\nsetting | a | b\nbase.matrix_lr | 0.02 | 0.03"
+    assert said(runs[0], runs[2]) == unread
+    assert said(runs[0], Made(tmp_path, "d").whole()) == "None: a, d have the same settings."
+
+
 def test_wrong_arguments_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Made(tmp_path)
     (tmp_path / "file").write_text("")
@@ -577,6 +597,8 @@ def test_runs_are_listed_with_what_they_have_reached(tmp_path: Path, capsys: pyt
         "progress.json", {"state": "failed", "error": "disk full", "metrics": {"loss": 2.5}}
     )
     Made(tmp_path, "fresh")
+    (tmp_path / "copy(done)").mkdir()
+    (tmp_path / "copy(done)" / MARKER).write_text("{}")
     for name in ("done", "failed", "fresh"):
         with RunStore(str(tmp_path), name).claim():
             pass
@@ -586,6 +608,7 @@ def test_runs_are_listed_with_what_they_have_reached(tmp_path: Path, capsys: pyt
     assert re.search(r"done +11/11 +evaluate_rl +greedy 0.75 .*\d+s", rows["done"])
     assert re.search(r"failed +1/11 +base +loss 2.5 +\d+s", rows["failed"]) and "failed: disk full" in out
     assert re.search(r"stopped +0/11 +tokenizer", rows["fresh"])
+    assert "unread" in rows["copy(done)"] and "run name 'copy(done)' must" in out
     assert cli.main(["runs", "--storage", str(tmp_path), "--json"]) == 0
     shown = {one["name"]: one for one in json.loads(capsys.readouterr().out)["runs"]}
     assert (shown["done"]["state"], shown["done"]["done"], shown["done"]["stages"]) == ("done", 11, 11)
