@@ -47,9 +47,8 @@ class Gauges:
         if self._failed:
             return
         before = self._shown.get(stage, {})
-        now = figures(progress) if progress else {}
-        self._shown[stage] = now
         try:
+            self._shown[stage] = now = figures(progress) if progress else {}
             for (name, rank), value in (dict.fromkeys(before, math.nan) | now).items():
                 if name not in self._gauges:
                     self._gauges[name] = Gauge(name, "see docs/metrics.md", TAGS)

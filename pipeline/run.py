@@ -167,7 +167,7 @@ def execute(
     references = submit(store, config, planned, devices, force, claim.token)
     with (
         diary,
-        tracked(config, names, kinds, console, vars(devices), said=diary.place),
+        tracked(config, names, kinds, console, said=diary.place),
         LiveView(store, list(references), console, diary.tell, Gauges(config.name).show) as view,
         stopping_on_sigterm(store, view) as stopping,
     ):

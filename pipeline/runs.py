@@ -37,8 +37,9 @@ class Listed:
     error: str | None = None
 
 
-def listed(store: RunStore) -> Listed:
+def listed(storage_uri: str, name: str) -> Listed:
     try:
+        store = RunStore(storage_uri, name)
         states = run_states(store)
         moments = [state.manifest.created for state in states if state.manifest]
         for state in states:
@@ -46,8 +47,8 @@ def listed(store: RunStore) -> Listed:
                 place = store.stage(state.name).at(manifests.checkpoint_path(state.checkpoint_step))
                 moments += [saved.created] if (saved := manifests.read(place)) else []
         moments += [moment for a in attempts(store.storage) for moment in (a.began, a.ended) if moment]
-    except (OSError, StorageError) as error:
-        return Listed(store.run, "unread", 0, 0, "", {}, None, str(error))
+    except (OSError, StorageError, ValueError) as error:  # such as a copy of a run whose name no run can have
+        return Listed(name, "unread", 0, 0, "", {}, None, str(error))
     done = [state for state in states if state.state == "done"]
     whole = overall(state.state for state in states)
     under_way = [s for s in states if s.state == whole != "done"] or [s for s in states if s.state != "done"]
@@ -57,7 +58,7 @@ def listed(store: RunStore) -> Listed:
     if not figures and (last := (evaluated or done)[-1:]) and last[0].manifest:
         figures = last[0].manifest.metrics
     fault = next((state.error for state in states if state.error), None)
-    return Listed(store.run, whole, len(done), len(states), at.name, figures, _ago(moments), fault)
+    return Listed(name, whole, len(done), len(states), at.name, figures, _ago(moments), fault)
 
 
 def _ago(moments: list[str]) -> float | None:
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     add_storage_flag(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    runs = [listed(RunStore(args.storage, name)) for name in run_names(args.storage)]
+    runs = [listed(args.storage, name) for name in run_names(args.storage)]
     runs.sort(key=lambda run: (run.seconds_ago is None, run.seconds_ago or 0.0))
     if args.json:
         print(json.dumps({"runs": [asdict(run) for run in runs]}, indent=1))

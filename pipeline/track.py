@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 from rich.console import Console
 
 from cluster.storage import Storage
 from pipeline.artifacts import TRACKING, RunStore
+from pipeline.attempts import attempts
 from pipeline.config import (
     STAGE_NAMES,
     Config,
@@ -71,11 +71,14 @@ class Feeder:
             say(self.console, f"{self.job.kind}: {line.rstrip()}")
             self.said(self.job.kind, line.rstrip())
 
-    def finish(self, deadline: float | None) -> bool:
-        """Has it take over the rest and end, by `deadline` at the latest; whether it did."""
+    def end(self) -> None:
+        """Has it take over the rest and end."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
+
+    def finish(self, deadline: float | None) -> bool:
+        """Waits for its end, until `deadline` at the latest; whether it has taken over everything."""
         later = f"`fathom track {self.job.run} --to {self.job.kind}` gives it what is missing"
         try:
             status = self.process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -132,7 +135,6 @@ def tracked(
     names: Sequence[str],
     kinds: Sequence[str],
     console: Console,
-    hardware: dict[str, Any] | None = None,
     limit: float | None = FINISH_SECONDS,
     said: Callable[[str, str], None] = lambda kind, text: None,
 ) -> Iterator[list[str]]:
@@ -141,6 +143,8 @@ def tracked(
     shows the run, or what is wrong."""
     tracking, storage = config.tracking, Storage(config.storage)
     feeders, failed = [], list[str]()
+    attempted = attempts(storage.at(config.name)) if kinds else []
+    hardware = {stage: attempt.hardware for attempt in attempted for stage in attempt.actions if attempt.hardware}
     for kind in kinds:
         job = Job(
             kind=kind,
@@ -152,7 +156,7 @@ def tracked(
             entity=tracking.entity,
             tags=list(tracking.tags),
             mode=tracking.mode,
-            hardware=hardware or {},
+            hardware=hardware,
             limit=limit,
         )
         try:
@@ -164,6 +168,8 @@ def tracked(
         yield failed
     finally:
         deadline = None if limit is None else time.monotonic() + limit
+        for feeder in feeders:  # each has all of the time, whatever another does with it
+            feeder.end()
         failed += [feeder.job.kind for feeder in feeders if not feeder.finish(deadline)]
 
 

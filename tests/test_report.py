@@ -27,8 +27,9 @@ from rich.console import Console
 from test_status import VALUES
 
 from cluster import manifest as manifests
+from cluster.hardware import parse_gpus
 from cluster.manifest import METRICS, SAMPLES, Incident, Manifest, checkpoint_path
-from cluster.storage import FileEntry, Storage, StorageError
+from cluster.storage import MARKER, FileEntry, Storage, StorageError
 from pipeline import cli, run, runs
 from pipeline.artifacts import RunStore
 from pipeline.attempts import Diary, attempts
@@ -168,7 +169,8 @@ class Elements(HTMLParser):
 
 
 def test_a_finished_run_is_told_in_order(tmp_path: Path) -> None:
-    found = Made(tmp_path).whole().report(usd_per_gpu_hour=36.0)
+    made = Made(tmp_path).whole()
+    found = made.report(usd_per_gpu_hour=36.0)
     assert tuple(s.title for s in found.sections) == SECTIONS
     first = section(found, "At a glance")
     assert "How good: 75.0%; of 20 held-out problems solved, after rl" in first
@@ -177,6 +179,10 @@ def test_a_finished_run_is_told_in_order(tmp_path: Path) -> None:
     assert "983,040 in 120 steps" in section(found, "What was trained, and what it cost")
     assert "20,000 in 40 steps" in section(found, "What was trained, and what it cost")
     planned = section(found, "Planned and measured")
+    on_gpus = made.report(gpus=parse_gpus("8xH100"))
+    assert "\nPlanned on 8 x H100-SXM (others with --gpus), " in section(on_gpus, "Planned and measured")
+    assert "What it cost: 1m50s; of all stages, on 8 x H100-SXM\n" in section(on_gpus, "At a glance")
+    assert "Planned on" not in planned
     assert "steps of base | 120 | 120 | 1.00" in planned and "memory of a worker in base, GB" in planned
     evaluated = section(found, "Evaluations")
     assert (
@@ -401,8 +407,10 @@ def test_thinned_curves_keep_their_ends_and_extremes(values: list[float], most: 
     assert of[kept].min() == of.min() and of[kept].max() == of.max()
 
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=40, max_size=300))
-def test_the_smoothed_line_is_a_mean_of_neighbours(values: list[float]) -> None:
+@given(st.lists(st.floats(-1e3, 1e3), min_size=40, max_size=300), st.integers(0, 39))
+def test_the_smoothed_line_is_a_mean_of_neighbours(values: list[float], huge: int) -> None:
+    """And of nothing else: a step at which a figure was huge is not felt by others."""
+    values[huge] = 1e30
     steps, of = np.arange(len(values), dtype=float), np.array(values)
     at, smooth = smoothed(steps, of) or (steps, of)
     half = max(2, len(values) // 40)
@@ -453,6 +461,20 @@ def test_runs_are_laid_over_each_other(tmp_path: Path, capsys: pytest.CaptureFix
     assert "−0.550, p < 0.001" in shown and "| base.matrix_lr | 0.02 | 0.03 |" in text
 
 
+def test_a_run_whose_settings_cannot_be_read_differs_in_none(tmp_path: Path) -> None:
+    config = load_config("demo", {"name": "b", "storage": str(tmp_path)}, ["base.matrix_lr=0.03"])
+    runs = [Made(tmp_path, "a").whole(), Made(tmp_path, "b", config).whole(), Made(tmp_path, "c").whole()]
+    runs[2].store.storage.write_bytes("config.json", b"{")
+
+    def said(*some: Made) -> str:
+        return section(comparison([facts.collect(made.store) for made in some], Known()), "Settings that differ")
+
+    unread = "The configuration of c cannot be read."
+    assert said(*runs) == f"{unread}\nsetting | a | b\nbase.matrix_lr | 0.02 | 0.03"
+    assert said(runs[0], runs[2]) == unread
+    assert said(runs[0], Made(tmp_path, "d").whole()) == "None: a, d have the same settings."
+
+
 def test_wrong_arguments_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Made(tmp_path)
     (tmp_path / "file").write_text("")
@@ -492,6 +514,17 @@ def test_what_lies_in_storage_costs_a_report_no_more_than_its_own_part(tmp_path:
     assert "3 lines of" in said and "completions.jsonl are of another form" in said
     assert f"5 lines of {METRICS} are no records" in said and "mid | failed" in said
     assert "Loss" in curves(page(found))  # of the other stages
+
+
+def test_figures_near_the_end_of_what_a_number_can_be_have_a_report(tmp_path: Path) -> None:
+    made = Made(tmp_path).whole()
+    lines = [{"step": step, "loss": 1.7e308, "grad_norm": 1e299, "step_ms": 1e308} for step in range(100)]
+    made.done("base", {METRICS: "".join(json.dumps(line) + "\n" for line in lines)})
+    made.done("evaluate_rl", metrics={"greedy": 0.5, "problems": 10**299, "val_bpb_full": 1e308})
+    found = made.report()
+    assert "100 step(s): loss was not finite: 0, 1, 2" in section(found, "Incidents")
+    assert max(curves(page(found))["Gradient norm"]["series"][0]["sy"]) == pytest.approx(1e299)
+    assert "of 1e+299 held-out problems" in section(found, "At a glance")
 
 
 FILES = {
@@ -564,6 +597,8 @@ def test_runs_are_listed_with_what_they_have_reached(tmp_path: Path, capsys: pyt
         "progress.json", {"state": "failed", "error": "disk full", "metrics": {"loss": 2.5}}
     )
     Made(tmp_path, "fresh")
+    (tmp_path / "copy(done)").mkdir()
+    (tmp_path / "copy(done)" / MARKER).write_text("{}")
     for name in ("done", "failed", "fresh"):
         with RunStore(str(tmp_path), name).claim():
             pass
@@ -573,6 +608,7 @@ def test_runs_are_listed_with_what_they_have_reached(tmp_path: Path, capsys: pyt
     assert re.search(r"done +11/11 +evaluate_rl +greedy 0.75 .*\d+s", rows["done"])
     assert re.search(r"failed +1/11 +base +loss 2.5 +\d+s", rows["failed"]) and "failed: disk full" in out
     assert re.search(r"stopped +0/11 +tokenizer", rows["fresh"])
+    assert "unread" in rows["copy(done)"] and "run name 'copy(done)' must" in out
     assert cli.main(["runs", "--storage", str(tmp_path), "--json"]) == 0
     shown = {one["name"]: one for one in json.loads(capsys.readouterr().out)["runs"]}
     assert (shown["done"]["state"], shown["done"]["done"], shown["done"]["stages"]) == ("done", 11, 11)
@@ -638,6 +674,14 @@ def test_curves_answer_to_keys_and_to_the_pointer(tmp_path: Path) -> None:
         await shown.press("l")
         assert await shown.says(f"{chart}.querySelector('button').getAttribute('aria-pressed')") == "true"
         await shown.press("l")
+        for presses in (2, 60):  # close, and as close as a key that is held down goes, between two points
+            for _ in range(presses):
+                await shown.press("+")
+            for _ in ("logarithmic", "linear"):
+                await shown.press("l")
+                near = (await shown.says(labels)).split()
+                assert await shown.says(labels) != whole and "NaN" not in near and len({*near}) == len(near) > 6, near
+        await shown.press("Escape")
         await shown.says(f"{chart}.scrollIntoView()")
         box = json.loads(await shown.says(f"JSON.stringify({chart}.querySelector('svg').getBoundingClientRect())"))
         at = [(box["x"] + share * box["width"], box["y"] + 60) for share in (0.5, 0.8)]
@@ -650,6 +694,32 @@ def test_curves_answer_to_keys_and_to_the_pointer(tmp_path: Path) -> None:
         for axis, said in (("tokens", "tokens"), ("hours", "hours of steps")):
             await shown.says(f"document.querySelector('input[value={axis}]').click()")
             assert said in await shown.says(labels)
+        assert shown.complaints == []
+
+    look(act)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_curves_of_odd_records_are_drawn_on_every_axis(tmp_path: Path) -> None:
+    """Of a stage that ended before its first step, and with an interval that begins at 0."""
+    made, path = Made(tmp_path).whole(), tmp_path / "report.html"
+    made.done("mid", {METRICS: json.dumps({"step": 0, "val_bpb_mid": 3.9})})
+    held_out = [
+        {"step": i, "val_greedy": 0.1 + i / 99, "val_greedy_low": 0.0, "val_greedy_high": 1.0} for i in range(9)
+    ]
+    made.done("rl", {METRICS: "".join(json.dumps(line) + "\n" for line in held_out)})
+    path.write_text(page(made.report()))
+
+    async def act(shown: Page) -> None:
+        await shown.open(path, 1000)
+        figures = "[...document.querySelectorAll('figure.chart')]"
+        for axis in ("tokens", "hours", "steps"):
+            await shown.says(f"document.querySelector('input[value={axis}]').click()")
+            said = await shown.says(f"{figures}.map(f => f.querySelector('svg').textContent)")
+            assert all(axis.removesuffix("s") in one for one in said), said
+        await shown.says(f"{figures}.forEach(f => f.querySelector('button').click())")
+        said = await shown.says(f"{figures}.map(f => f.querySelector('svg').innerHTML)")
+        assert not any("NaN" in one or "Infinity" in one for one in said)
         assert shown.complaints == []
 
     look(act)

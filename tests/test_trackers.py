@@ -23,6 +23,8 @@ from shown import Records, plain, tensorboard_rows, wandb_records, wandb_rows
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
 from cluster.storage import Storage
+from pipeline.artifacts import RunStore
+from pipeline.attempts import Diary
 from pipeline.config import Config, ConfigError, identity_of, load_config
 from pipeline.track import asked, check_installed, folder_of, tracked
 
@@ -58,7 +60,7 @@ def job(storage: Path, kind: str, limit: float = 60) -> str:
     """As `pipeline.track` tells it."""
     told = {"kind": kind, "run": "r", "storage": str(storage), "stages": ["base"], "folder": str(storage / "shown")}
     account = {"project": "p", "entity": None, "tags": ["t"], "mode": "offline"}
-    return json.dumps({**told, **account, "hardware": {"kind": "cpu"}, "limit": limit}) + "\n"
+    return json.dumps({**told, **account, "hardware": {"base": "2 CPU cores"}, "limit": limit}) + "\n"
 
 
 @contextmanager
@@ -191,12 +193,28 @@ def test_a_wandb_run_says_what_it_is(tmp_path: Path) -> None:
     assert (run.project, run.run_group, run.job_type, list(run.tags)) == ("p", "r", "base", ["t"])
     config = {update.key: json.loads(update.value_json) for update in run.config.update}
     assert config["base"] == identity_of("base", load_config("demo"))["base"]
-    assert config["fathom"]["packages"] == {"torch": "2"} and config["fathom"]["hardware"] == {"kind": "cpu"}
+    assert config["fathom"]["packages"] == {"torch": "2"} and config["fathom"]["hardware"] == "2 CPU cores"
     artifact = records["artifact"].artifact
     made = manifests.read(Storage(tmp_path).at("r", "base"))
     assert made is not None and json.loads(artifact.metadata)["digest"] == made.digest()
     [reference] = artifact.manifest.contents
     assert reference.ref == f"file://{tmp_path}/r/base/metrics.jsonl" and reference.digest == made.files[0].sha256
+
+
+def test_a_run_that_is_tracked_afterwards_says_on_what_each_stage_was_made(tmp_path: Path) -> None:
+    RunStore(str(tmp_path), "r").record(load_config("demo", {"name": "r", "storage": str(tmp_path)}))
+    for stage, hardware in (("base", "8 GPUs (H100)"), ("mid", "1 GPUs (A100)")):
+        keep(tmp_path, stage, some(3))
+        with Diary(Storage(tmp_path).at("r"), [], {stage: "run"}, hardware) as diary:
+            diary.end("done")
+    result = fathom("track", "r", "--to", "wandb", "--storage", str(tmp_path), seconds=60)
+    assert result.code == 0, result.output
+    found = {}
+    for path in tmp_path.glob("fathom-tracking/wandb/offline-run-*/*.wandb"):
+        run = next(r.run for r in wandb_records(path) if r.WhichOneof("record_type") == "run")
+        config = {update.key: json.loads(update.value_json) for update in run.config.update}
+        found[run.job_type] = config["fathom"]["hardware"]
+    assert found == {"base": "8 GPUs (H100)", "mid": "1 GPUs (A100)"}
 
 
 # Read by every Python that begins with it on its path; of wandb, one function fails.
@@ -230,12 +248,39 @@ def test_a_tracker_that_fails_is_one_message_and_soon_over(
     assert len(said) == 1 and ("not ready in time" if hangs else "RuntimeError: planted") in said[0], out.getvalue()
 
 
+def test_a_tracker_that_hangs_takes_no_time_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(PLANTED.format(where="finish", hangs=True))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    records, out = some(60), io.StringIO()
+    keep(tmp_path, "base", records[:20], 18)
+    config = load_config("demo", {"name": "r", "storage": str(tmp_path), "tracking": {"mode": "offline"}})
+    with tracked(config, ["base"], ["wandb", "tensorboard"], Console(file=out, width=500), limit=8) as failed:
+        until(lambda: len(shown("tensorboard", tmp_path / "fathom-tracking")) == 20)
+        keep(tmp_path, "base", records)
+    assert failed == ["wandb"] and out.getvalue().count("not ready in time") == 1, out.getvalue()
+    assert plain(shown("tensorboard", tmp_path / "fathom-tracking")) == plain(records)
+
+
 def test_a_tracker_that_is_not_there_is_told_with_what_to_do(tmp_path: Path) -> None:
     wrong = fathom("run", "--preset", "demo", "--storage", str(tmp_path), "--track", "wandbb", "--dry-run", seconds=60)
     one_clear_message(wrong, "wandbb", "did you mean wandb?")
     one_clear_message(fathom("track", "r", "--to", "tensorbord", seconds=60), "did you mean tensorboard?")
     with pytest.raises(ConfigError, match=r"pip install 'fathom\[track\]'"):
         check_installed(["no-such-library"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "online"),
+    [("auto", "", True), ("auto", "offline", False), ("auto", "disabled", False), ("online", "disabled", True)],
+)
+def test_wandb_is_online_where_nothing_says_otherwise(
+    mode: str, environment: str, online: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.trackers.to_wandb import wanted_online
+
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_MODE", environment)
+    assert wanted_online(mode) is online
 
 
 def test_which_trackers_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,6 +200,10 @@ def test_gauges_that_fail_are_said_once_and_stop_nothing(
     for step in range(3):
         shown.show("base", Progress(step=step))
     assert caplog.text.count("no Ray") == 1
+    nameless = Gauges("r")
+    for _ in range(3):
+        nameless.show("base", Progress(record={"": 1.0}))
+    assert caplog.text.count("show no more of this run") == 2
 
 
 def test_the_dashboard_asks_for_gauges_that_runs_have(line: Run) -> None:

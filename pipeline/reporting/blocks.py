@@ -139,5 +139,5 @@ def smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     at = np.unique(np.linspace(0, count - 1, min(count, SMOOTH_POINTS)).astype(int))
     reach = np.maximum(half // 4, np.minimum(half, np.minimum(at, count - 1 - at)))
     first, end = np.maximum(0, at - reach), np.minimum(count, at + reach + 1)
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    return steps[at], (sums[end] - sums[first]) / (end - first)
+    # each by itself: a difference of running sums would lose whatever is small beside one value that was huge before
+    return steps[at], np.array([values[a:b].mean() for a, b in zip(first, end, strict=True)])

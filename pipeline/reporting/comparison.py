@@ -122,19 +122,16 @@ def _curves(runs: list[RunFacts]) -> list[Block]:
 
 
 def _settings(runs: list[RunFacts]) -> list[Block]:
-    of_runs = [settings_of(run.config) if run.config else {} for run in runs]
-    keys = dict.fromkeys(key for settings in of_runs for key in settings)
-    rows = [
-        [key, *(shown(settings.get(key)) for settings in of_runs)]
-        for key in keys
-        if any(settings.get(key) != of_runs[0].get(key) for settings in of_runs[1:])
-    ]
+    of_runs = {run.name: settings_of(run.config) for run in runs if run.config}
+    keys = dict.fromkeys(key for settings in of_runs.values() for key in settings)
+    values = [[key, *(settings.get(key) for settings in of_runs.values())] for key in keys]
+    rows = [[key, *map(shown, row)] for key, *row in values if any(value != row[0] for value in row)]
     blocks: list[Block] = [
         Text(f"The configuration of {run.name} cannot be read.", "bad") for run in runs if run.config is None
     ]
     if rows:
-        return [*blocks, Table(["setting", *(run.name for run in runs)], rows[:MOST_SETTINGS])]
-    return [*blocks, Text("None: these runs have the same settings.")]
+        return [*blocks, Table(["setting", *of_runs], rows[:MOST_SETTINGS])]
+    return [*blocks, Text(f"None: {', '.join(of_runs)} have the same settings.")] if len(of_runs) > 1 else blocks
 
 
 def _incidents(run: RunFacts) -> list[Block]:

@@ -203,7 +203,7 @@ def shape(run: RunFacts) -> str:
 
 def hardware(run: RunFacts, known: Known) -> str:
     if known.gpus is not None:
-        return f"{known.gpus.count} x {known.gpus.name}" if known.gpus.hardware else known.gpus.name
+        return known.gpus.name
     return "; ".join(dict.fromkeys(a.hardware for a in run.attempts if a.hardware))
 
 
@@ -264,7 +264,9 @@ def planned_and_measured(run: RunFacts, known: Known) -> list[Block]:
             "measures it, and --calibrate FILE plans with it."
         )
     elif numbers["mfu_source"]:
-        unknown.append(f"Planned at a speed that is {numbers['mfu_source']}.")
+        unknown.append(
+            f"Planned on {numbers['gpus']} (others with --gpus), at a speed that is {numbers['mfu_source']}."
+        )
     if numbers["expected_loss"] is None:
         unknown.append("No scaling law says what loss to expect of such a text or so small a model.")
     return blocks + [Text(line) for line in unknown]
@@ -670,9 +672,8 @@ def command(config: Config) -> str:
 def number(value: float) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "–"
-    if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
-        return f"{value:,.0f}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    whole = isinstance(value, int) or abs(value) >= 1000
+    return f"{value:,.0f}" if whole and abs(value) < 1e15 else f"{value:.4g}"
 
 
 def compact(value: float) -> str:

@@ -24,6 +24,7 @@ from pipeline.config import Config
 from pipeline.status import overall, run_states
 
 Columns = dict[str, tuple[np.ndarray, np.ndarray]]  # of each figure of a record (steps, values), both (n,) float64
+ENDLESS = 1e300  # from here on a figure is as good as infinite: a sum of such would be
 Value = TypeVar("Value")
 
 
@@ -201,7 +202,7 @@ def _stage(store: RunStore, state: StageState, config: Config | None, unread: li
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     """Those that are finite numbers, whole ones whole."""
-    return {name: value for name, value in values.items() if (n := _number(value)) is not None and math.isfinite(n)}
+    return {name: value for name, value in values.items() if (n := _number(value)) is not None and abs(n) < ENDLESS}
 
 
 def _number(value: Any) -> float | None:
@@ -233,7 +234,7 @@ def columns_of(text: str) -> tuple[Columns, dict[str, list[int]], int]:
         for name, value in record.items():
             if (number := _number(value)) is None:
                 continue
-            if math.isfinite(number):
+            if abs(number) < ENDLESS:  # nan is not
                 steps.setdefault(name, []).append(step)
                 values.setdefault(name, []).append(number)
             else:

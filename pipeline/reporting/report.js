@@ -3,6 +3,7 @@
 // the keys + and -), and the values under the pointer (or under a cursor that the arrow keys move).
 const { charts, axes } = JSON.parse(document.getElementById("curves").textContent);
 const HEIGHT = 210, LEFT = 54, RIGHT = 8, TOP = 6, BOTTOM = 34;
+const CLOSEST = 1e-5; // of the whole, which is as closely as anything lies
 const LABELS = { steps: "step", tokens: "tokens", hours: "hours of steps" };
 const drawn = [];
 let by = "steps";
@@ -31,7 +32,8 @@ function ticks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map(n => n * power).find(n => n >= rough);
   const found = [];
-  for (let n = Math.ceil(low / step); n * step <= high + step * 1e-9; n++) found.push(n * step);
+  const first = Math.ceil(low / step);
+  for (let n = 0; n <= 2 * count && (first + n) * step <= high + step * 1e-9; n++) found.push((first + n) * step);
   return found;
 }
 
@@ -41,12 +43,13 @@ function labelled(values) {
   return new Set(labels).size === labels.length ? labels : values.map(value => String(Number(value.toPrecision(9))));
 }
 
+// Round values on a logarithmic axis; where it is so short that hardly one lies on it, those of a linear one.
 function powers(low, high) {
   const found = [], decades = Math.log10(high / low), every = Math.ceil(decades / 6);
   for (let n = Math.floor(Math.log10(low)); 10 ** n <= high; n++)
     for (const m of decades > 3 ? [1] : decades > 1 ? [1, 3] : [1, 1.5, 2, 3, 5, 7])
       if (m * 10 ** n >= low && m * 10 ** n <= high && n % every === 0) found.push(m * 10 ** n);
-  return found;
+  return found.length > 1 ? found : ticks(low, high, 5);
 }
 
 class Plot {
@@ -64,6 +67,7 @@ class Plot {
     this.svg.addEventListener("pointerdown", event => this.down(event));
     this.svg.addEventListener("pointermove", event => this.move(event));
     this.svg.addEventListener("pointerup", event => this.up(event));
+    this.svg.addEventListener("pointercancel", () => { this.drag = null; this.cursor(null); });
     this.svg.addEventListener("pointerleave", () => { if (!this.drag) this.cursor(null); });
     this.svg.addEventListener("dblclick", () => this.show(null));
     new ResizeObserver(() => this.draw()).observe(this.svg);
@@ -108,20 +112,20 @@ class Plot {
     this.zoom = null;
   }
 
-  // The values that can be seen, so that a zoom shows what was flat before.
-  span() {
-    const [from, to] = this.zoom || this.whole;
+  // From the least to the largest value that can be seen, so that a zoom shows what was flat before; of all where it is
+  // between two points.
+  span([from, to] = this.zoom || this.whole) {
     let low = Infinity, high = -Infinity;
     const see = (xs, ys) => xs && ys && xs.forEach((x, i) => {
-      if (x < from || x > to || ys[i] === null) return;
+      if (x < from || x > to) return;
       low = Math.min(low, ys[i]);
       high = Math.max(high, ys[i]);
     });
     for (const one of this.curves) {
-      for (const ys of [one.y, one.low, one.high]) see(one.x, ys);
+      for (const ys of this.log ? [one.y] : [one.y, one.low, one.high]) see(one.x, ys);
       see(one.sx, one.sy);
     }
-    if (low > high) [low, high] = [0, 1];
+    if (low > high) return this.span(this.whole);
     if (this.log) return low < high ? [low, high] : [low / 2, high * 2];
     const room = (high - low) * 0.04 || Math.abs(low) * 0.1 || 0.5;
     return [low >= 0 ? Math.max(0, low - room) : low - room, high + room];
@@ -199,7 +203,9 @@ class Plot {
   }
 
   show(zoom) {
+    if (!this.whole) return this.draw();
     const [low, high] = this.whole;
+    if (zoom && zoom[1] - zoom[0] < (high - low) * CLOSEST) return;
     this.zoom = zoom && [Math.max(low, zoom[0]), Math.min(high, zoom[1])];
     if (this.zoom && this.zoom[1] - this.zoom[0] >= high - low) this.zoom = null;
     this.reset.hidden = !this.zoom;

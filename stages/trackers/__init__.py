@@ -28,7 +28,8 @@ SAID = 3  # exit status of a tracker's process that has said why it failed
 
 
 class Job(BaseModel):
-    """What a tracker's process is told, in a line on its standard input; `limit` is how many seconds it has at the end.
+    """What a tracker's process is told, in a line on its standard input: `hardware` by stage, in words; `limit` is how
+    many seconds it has at the end.
 
     It holds no secret: an account's key is in the environment, where wandb looks for it.
     """
@@ -42,7 +43,7 @@ class Job(BaseModel):
     entity: str | None
     tags: list[str]
     mode: str
-    hardware: dict[str, Any]
+    hardware: dict[str, str]
     limit: float | None
 
 

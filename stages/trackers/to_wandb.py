@@ -95,7 +95,7 @@ class Wandb:
             "storage": job.storage,
             "upstream": made.upstream,
             "packages": made.versions,
-            "hardware": job.hardware,
+            "hardware": job.hardware.get(settled.stage),
         }
         settings = wandb.Settings(
             init_timeout=INIT_SECONDS,
@@ -151,9 +151,9 @@ class Wandb:
 def wanted_online(mode: str) -> bool:
     """`auto` is as WANDB_MODE says, else online where there is the key of an account."""
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "auto")
-    if mode in ("online", "offline"):
-        return mode == "online"
+        mode = os.environ.get("WANDB_MODE") or "auto"
+    if mode != "auto":  # such as disabled, which is not to send anything
+        return mode in ("online", "shared")
     return bool(os.environ.get("WANDB_API_KEY") or read_netrc_auth(host=wandb.Settings().base_url))
 
 
