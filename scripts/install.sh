@@ -1,5 +1,6 @@
 #!/bin/sh
-# Creates .venv and installs Fathom into it, with the vLLM that this machine can run. PYTHON chooses the interpreter.
+# Creates .venv and installs Fathom into it, with the vLLM that this machine can run. PYTHON chooses the interpreter;
+# DEVICE, gpu or cpu, says what for where the machine that installs is not the one that runs.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -16,7 +17,14 @@ fi
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
-if nvidia-smi >/dev/null 2>&1; then
+if [ -z "${DEVICE:-}" ]; then
+    nvidia-smi >/dev/null 2>&1 && DEVICE=gpu || DEVICE=cpu
+fi
+if [ "$DEVICE" != gpu ] && [ "$DEVICE" != cpu ]; then
+    echo "DEVICE=$DEVICE: give gpu or cpu, or leave it out" >&2
+    exit 1
+fi
+if [ "$DEVICE" = gpu ]; then
     echo "installing for GPUs"
     pip install --quiet --editable '.[gpu,dev]'
 else
