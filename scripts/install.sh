@@ -4,6 +4,14 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+if [ -z "${DEVICE:-}" ]; then
+    nvidia-smi >/dev/null 2>&1 && DEVICE=gpu || DEVICE=cpu
+fi
+if [ "$DEVICE" != gpu ] && [ "$DEVICE" != cpu ]; then
+    echo "DEVICE=$DEVICE: give gpu or cpu, or leave it out" >&2
+    exit 1
+fi
+
 if [ ! -x .venv/bin/pip ]; then
     for python in ${PYTHON:-python3 python3.13 python3.12 python3.11} none; do
         "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && break
@@ -17,13 +25,6 @@ fi
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
-if [ -z "${DEVICE:-}" ]; then
-    nvidia-smi >/dev/null 2>&1 && DEVICE=gpu || DEVICE=cpu
-fi
-if [ "$DEVICE" != gpu ] && [ "$DEVICE" != cpu ]; then
-    echo "DEVICE=$DEVICE: give gpu or cpu, or leave it out" >&2
-    exit 1
-fi
 if [ "$DEVICE" = gpu ]; then
     echo "installing for GPUs"
     pip install --quiet --editable '.[gpu,dev]'
