@@ -18,6 +18,7 @@ class Devices:
     kind: Literal["cpu", "cuda"]
     gpus: int
     cpus: int
+    nodes: int = 1
 
     def threads(self, workers: int) -> int:
         """CPU threads for each of `workers` processes that compute at the same time on one node."""
@@ -28,7 +29,8 @@ def resources() -> Devices:
     """The cluster's devices. `cluster.runtime.connect` comes first."""
     total = ray.cluster_resources()
     gpus = int(total.get("GPU", 0))
-    return Devices("cuda" if gpus else "cpu", gpus, int(total.get("CPU", 0)))
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return Devices("cuda" if gpus else "cpu", gpus, int(total.get("CPU", 0)), nodes)
 
 
 def described(devices: Devices) -> str:

@@ -94,6 +94,14 @@ class RunStore:
             self.storage = self.storage.of_run(token)
         self._claim: Claim | None = None
 
+    def begin(self) -> None:
+        """Makes the local directory of all runs where it is not there, with a file that keeps them out of git, and out
+        of what `ray job submit` uploads of a working directory. Whether it can be written is for others to check."""
+        if (folder := self.storage.local_path) is not None and not folder.parent.exists():
+            with contextlib.suppress(OSError):
+                folder.parent.mkdir(parents=True)
+                (folder.parent / ".gitignore").write_text("*\n")
+
     def stage(self, name: str) -> Storage:
         return self.storage.at(name)
 

@@ -82,6 +82,7 @@ class Config(Section):
     with_rl: bool = environment(False, "go on to reinforcement learning after SFT")
     workers: Workers = environment((1, 1), "training workers, one a device; MIN:MAX for as many as there is room for")
     storage: str = environment("./runs", "directory, s3:// or gs:// URI that holds the runs")
+    shared_storage: bool = environment(False, "the directory of storage is one that all nodes of the cluster share")
     seed: int = Field(0, ge=0, description="seed of data order, initial weights and sampling")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -626,7 +627,7 @@ def add_stage_flags(parser: argparse.ArgumentParser) -> None:
 
 def config_from_args(args: argparse.Namespace, characters: int | None = None) -> Config:
     """The tree of a parsed command line, as of `load_config`; raises ConfigError."""
-    paths = {flag: (flag,) for flag in ("name", "storage", "workers", "with_rl")}
+    paths = {flag: (flag,) for flag in ("name", "storage", "shared_storage", "workers", "with_rl")}
     sections = {flag: ("data", flag) for flag in ("corpus", "shards", "chat", "gsm8k")} | {
         "tokenizer": ("tokenizer", "source"),
         "depth": ("model", "depth"),

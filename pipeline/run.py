@@ -20,7 +20,7 @@ import ray
 from rich.console import Console
 
 from cluster.manifest import MANIFEST
-from cluster.resources import described, resources
+from cluster.resources import Devices, described, resources
 from cluster.runtime import connect, metrics_url, token_asked
 from pipeline.artifacts import REPORT, Claim, RunStore
 from pipeline.attempts import Diary
@@ -61,6 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fathom run", description=__doc__)
     add_config_flags(parser)
     add_stage_flags(parser)
+    parser.add_argument(
+        "--shared-storage",
+        action="store_true",
+        default=None,
+        help="--storage is a directory that all nodes of the cluster share",
+    )
     parser.add_argument("--force", metavar="STAGE", action="append", default=[], help="make a stage again; repeatable")
     parser.add_argument("--reuse-from", metavar="RUN", help="take what this run would make the same from another run")
     parser.add_argument(
@@ -105,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not store.storage.exists():  # a first attempt whose input cannot serve leaves nothing behind
         check_here(config, [name for name in selected if name not in reused])
+    store.begin()
     store.storage.check_writable()
     with store.claim() as claim:
         for name in store.settle():  # an attempt that was killed before it made anything
@@ -159,6 +166,7 @@ def execute(
     devices = resources()
     there, what = (devices.gpus, "GPUs") if devices.kind == "cuda" else (devices.cpus, "CPU cores")
     check_workers(config, there, what, "cluster")
+    check_shared(config, devices)
     check_heads(config, devices.kind, to_do)
     check_device(config, devices.kind, to_do)
     for name in TRAINING:
@@ -249,6 +257,15 @@ def check_workers(config: Config, there: int, what: str, where: str) -> None:
         whose = f", the preset {config.preset}'s," if of_preset else ""
         raise StageError(
             f"--workers {asked}{whose} needs as many {what}; this {where} has {there}: add --workers {there}"
+        )
+
+
+def check_shared(config: Config, devices: Devices) -> None:
+    """Raises StageError for storage in a directory of which each of several nodes would have its own."""
+    if devices.nodes > 1 and "://" not in config.storage and not config.shared_storage:
+        raise StageError(
+            f"this cluster has {devices.nodes} nodes, and --storage {config.storage} is a directory, of which each may "
+            "have its own: name an s3:// or gs:// URI, or add --shared-storage where all nodes share that directory"
         )
 
 

@@ -1,7 +1,16 @@
 #!/bin/sh
-# Creates .venv and installs Fathom into it, with the vLLM that this machine can run. PYTHON chooses the interpreter.
+# Creates .venv and installs Fathom into it, with the vLLM that this machine can run. PYTHON chooses the interpreter;
+# DEVICE, gpu or cpu, says what for where the machine that installs is not the one that runs.
 set -eu
 cd "$(dirname "$0")/.."
+
+if [ -z "${DEVICE:-}" ]; then
+    nvidia-smi >/dev/null 2>&1 && DEVICE=gpu || DEVICE=cpu
+fi
+if [ "$DEVICE" != gpu ] && [ "$DEVICE" != cpu ]; then
+    echo "DEVICE=$DEVICE: give gpu or cpu, or leave it out" >&2
+    exit 1
+fi
 
 if [ ! -x .venv/bin/pip ]; then
     for python in ${PYTHON:-python3 python3.13 python3.12 python3.11} none; do
@@ -16,7 +25,7 @@ fi
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
-if nvidia-smi >/dev/null 2>&1; then
+if [ "$DEVICE" = gpu ]; then
     echo "installing for GPUs"
     pip install --quiet --editable '.[gpu,dev]'
 else
