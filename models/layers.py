@@ -37,7 +37,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-# queries (B, T, H, D), keys and values (B, T, KV, D) → what the queries gathered (B, T, H, D)
+# queries (B, T, H, D), keys and values (B, T, KV, D) → what the queries gathered (B, T, H, D), or N of them (N, H, D)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         # autocast may compute norms in fp32, attention wants one type
         q, k = q.to(v.dtype), k.to(v.dtype)
         y = attention(q, k, v, self.backend) if attend is None else attend(q, k, v)
-        out: Tensor = self.o_proj(y.flatten(2))
+        out: Tensor = self.o_proj(y.flatten(-2))
         return out
 
 
@@ -100,10 +100,9 @@ class Block(nn.Module):
         at: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, width) → (B, T, width), or of the places `at` (N,) among the B·T alone (N, width), where no later
-        block needs the others."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        if at is not None:
-            x = x.flatten(0, 1)[at]
+        block needs the others; `attend` then gives what these gathered."""
+        gathered = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        x = (x if at is None else x.flatten(0, 1)[at]) + gathered
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -199,7 +198,7 @@ class LanguageModel(nn.Module):
         ValueError when T is over `spec.sequence_len`.
 
         Rows that are no plain text from its beginning have `positions` (B, T), and what replaces attention among
-        their tokens, one for each block.
+        their tokens, one for each block; with `at` the last of them gives what those places gathered.
         """
         if positions is None:
             length = ids.size(1)
