@@ -186,22 +186,25 @@ def _attend(stem: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_at(at: np.ndarray, ends: Tensor, attend: Attend) -> Attend:
-    """What the places `at` (N,), in order, among the B·T gather of rows with these `ends` (B, T), as (N, H, D); by
-    `attend` where they are so many that it costs less."""
+    """Attention of the queries (N, H, D) of the places `at` (N,), in order, among the B·T of rows with these `ends`
+    (B, T): by `attend` where they are so many that it costs less."""
     rows, places = np.divmod(at, ends.size(1))
-    numbers = np.arange(len(at)) - np.searchsorted(rows, rows)  # among the places of a row
-    table = np.zeros((len(ends), numbers.max() + 1), dtype=np.int64)
-    table[rows, numbers] = places
-    row, number, asked = (torch.from_numpy(a).to(ends.device) for a in (rows, numbers, table))
-    seen, every = _seen(ends, asked), torch.arange(len(ends), device=ends.device)[:, None]
+    numbers = np.arange(len(at)) - np.searchsorted(rows, rows)  # of a place among those of its row
+    most = int(numbers.max()) + 1
+    if 2 * most <= ends.size(1):
+        asked = np.zeros((len(ends), most), dtype=np.int64)
+        asked[rows, numbers] = places
+        attend = partial(_masked, _seen(ends, torch.from_numpy(asked).to(ends.device)))
+    else:
+        numbers, most = places, ends.size(1)
+    row, number = (torch.from_numpy(a).to(ends.device) for a in (rows, numbers))
 
-    def of_few(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _masked(seen, q[every, asked], k, v)[row, number]
+    def laid_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries = q.new_zeros(len(ends), most, *q.shape[1:])
+        queries[row, number] = q
+        return attend(queries, k, v)[row, number]
 
-    def of_many(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v)[row, asked[row, number]]
-
-    return of_few if 2 * asked.size(1) <= ends.size(1) else of_many
+    return laid_out
 
 
 def _masked(seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
