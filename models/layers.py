@@ -20,6 +20,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from models.spec import ModelSpec
 
 T = TypeVar("T")
+Rows = TypeVar("Rows", Tensor, Tensor | None)
 
 
 def rope_tables(head_dim: int, base: float, positions: int) -> tuple[Tensor, Tensor]:
@@ -37,12 +38,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-# queries (B, T, H, D), keys and values (B, T, KV, D) → what the queries gathered (B, T, H, D)
+# queries (B, T, H, D), or those of some places (N, H, D), keys and values (B, T, KV, D) → what the queries gathered
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped keys. `place` gives queries and keys their position; here, none."""
+    """Causal attention with grouped keys. `place` gives queries or keys their position; here, none."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -53,20 +54,36 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(spec.width, keys, bias=spec.biases)
         self.v_proj = nn.Linear(spec.width, keys, bias=spec.biases)
         self.o_proj = nn.Linear(queries, spec.width, bias=spec.biases)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
 
-    def place(self, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D) and k (B, T, KV, D) as attention compares them; tables (..., T, D/2), or None."""
-        return q, k
+    def place(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """x (..., T, H, D) as attention compares it; tables (..., T, D/2), or None."""
+        return x
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, attend: Attend | None = None) -> Tensor:
-        """`attend` replaces attention among the tokens of x, for one that also sees a cache."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.place(q, k, cos, sin)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        attend: Attend | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, width) → (B, T, width), or of the places `at` (N,) among the B·T alone (N, width). `attend` replaces
+        attention among the tokens of x, for one that also sees a cache, or has the queries of some places only."""
+        q, k, v = self.q_proj(_only(x, at)), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        q, k = self.place(self.q_norm(q), _only(cos, at), _only(sin, at)), self.place(self.k_norm(k), cos, sin)
         # autocast may compute norms in fp32, attention wants one type
         q, k = q.to(v.dtype), k.to(v.dtype)
         y = attention(q, k, v, self.backend) if attend is None else attend(q, k, v)
-        out: Tensor = self.o_proj(y.flatten(2))
+        out: Tensor = self.o_proj(y.flatten(-2))
         return out
+
+
+def _only(x: Rows, at: Tensor | None) -> Rows:
+    """x (B, T, C), or of its places `at` (N,) among the B·T alone (N, C)."""
+    return x if x is None or at is None else x.flatten(0, 1)[at]
 
 
 class MLP(nn.Module):
@@ -101,9 +118,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (B, T, width) → (B, T, width), or of the places `at` (N,) among the B·T alone (N, width), where no later
         block needs the others."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        if at is not None:
-            x = x.flatten(0, 1)[at]
+        x = _only(x, at) + self.self_attn(self.input_layernorm(x), cos, sin, attend, at)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -199,7 +214,7 @@ class LanguageModel(nn.Module):
         ValueError when T is over `spec.sequence_len`.
 
         Rows that are no plain text from its beginning have `positions` (B, T), and what replaces attention among
-        their tokens, one for each block.
+        their tokens, one for each block; with `at` the last of them has the queries of those places (N, H, D).
         """
         if positions is None:
             length = ids.size(1)

@@ -15,9 +15,9 @@ from models.spec import ModelSpec
 
 
 class RotaryAttention(Attention):
-    def place(self, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
+    def place(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         assert cos is not None and sin is not None
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(x, cos, sin)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -31,9 +31,6 @@ class QKNormAttention(RotaryAttention):
         super().__init__(spec)
         self.q_norm = RMSNorm(spec.head_dim, eps=spec.norm_eps)
         self.k_norm = RMSNorm(spec.head_dim, eps=spec.norm_eps)
-
-    def place(self, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
-        return super().place(self.q_norm(q), self.k_norm(k), cos, sin)
 
 
 class SwiGLU(nn.Module):

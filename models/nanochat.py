@@ -29,9 +29,9 @@ class NormedAttention(Attention):
         super().__init__(spec)
         self.eps = spec.norm_eps
 
-    def place(self, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
+    def place(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         assert cos is not None and sin is not None
-        return norm(rotate(q, cos, sin), self.eps), norm(rotate(k, cos, sin), self.eps)
+        return norm(rotate(x, cos, sin), self.eps)
 
 
 class NanoChat(LanguageModel):

@@ -113,7 +113,7 @@ def test_what_options_share_is_computed_once() -> None:
     context = rng.integers(0, VOCABULARY, 50)
     requests = [Request(np.array([*context, *rng.integers(0, VOCABULARY, 5)]), 50) for _ in range(4)]
     trees = grow(requests, ModelSpec.from_dial("depth", 2, VOCABULARY, CONTEXT))
-    assert [tree.size for tree in trees] == [50 + 4 * 5]
+    assert [(tree.stem, tree.size) for tree in trees] == [(50 + 5, 50 + 4 * 5)]
 
 
 def test_centered_accuracies_are_those_of_the_paper() -> None:

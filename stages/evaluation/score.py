@@ -2,8 +2,10 @@
 
 Sequences that begin alike are laid into one row as a tree: each token is there once for all sequences that have it
 after the same tokens, at its own position, and attends to those tokens only. So one pass of the model gives the keys
-and values of a shared context once, and every branch reads them. Rows of like length make a batch of a bounded number
-of tokens, and only what precedes a scored token goes through the head.
+and values of a shared context once, and every branch reads them. A row begins with its stem, the whole of one
+sequence, for which causal attention serves; only what is behind it needs a mask, and is compared with the whole row.
+Rows of like length make a batch of a bounded number of tokens. Only what precedes a scored token attends in the last
+block, and goes through the head.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.layers import LanguageModel
+from kernels.attention import attention
+from models.layers import Attend, LanguageModel
 from models.spec import ModelSpec
 
 # Of a batch, padding included, by the kind of device; on a CPU few enough for its caches.
 TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 2048}
 TREE_TOKENS = 8192
-MASK_BYTES = 1 << 26  # of a batch's attention mask, one byte an entry
 SCORES_AT_ONCE = 1 << 24  # logits in memory at a time, of 4 bytes
 
 
@@ -58,7 +60,7 @@ class Tree:
         self._cut: list[tuple[np.ndarray, int]] = []  # tokens that end at that place
         self._path = np.zeros(0, dtype=np.int64)  # where the tokens of the newest sequence lie
         self._newest = self._path
-        self.size, self.branches = 0, False
+        self.size = self.stem = 0  # tokens, and those of the first sequence, with which the row begins
         # of each request its number, its scored tokens, and the places of the tokens before them
         self.reads: list[tuple[int, np.ndarray, np.ndarray]] = []
 
@@ -73,12 +75,12 @@ class Tree:
         shared = self.shared(request.tokens)
         new = len(request.tokens) - shared
         self._cut.append((self._path[shared:], self.size))
-        self.branches |= shared < len(self._path)
         self._ids.append(request.tokens[shared:])
         self._positions.append(np.arange(shared, shared + new))
         self._path = np.concatenate((self._path[:shared], np.arange(self.size, self.size + new)))
         self._newest = request.tokens
         self.size += new
+        self.stem = self.stem or new
         self.reads.append((number, request.tokens[request.start :], self._path[request.start - 1 : -1]))
 
     def laid(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -93,40 +95,39 @@ class Tree:
 
 def grow(requests: Sequence[Request], spec: ModelSpec) -> list[Tree]:
     """Lays the requests into trees. One that shares its beginning with the one before joins its tree where the tokens
-    that this saves cost more than the attention that a longer row wastes on what its tokens do not see."""
+    that this saves cost more than the attention that a longer row wastes on what its tokens do not see: those behind
+    the stem are compared with the whole row."""
     linear, attention = (
         2 * spec.matrix_parameters,
         4 * spec.heads * spec.head_dim * spec.layers,
     )  # FLOPs a token, and a pair
 
-    def cost(size: int) -> int:
-        return size * (linear + attention * size)
+    def cost(stem: int, size: int) -> float:
+        return size * linear + (stem * stem / 2 + (size - stem) * size) * attention
 
     order = sorted(range(len(requests)), key=lambda i: requests[i].tokens.tolist())
     trees: list[Tree] = []
     for i in order:
         tokens = requests[i].tokens
-        joined = trees[-1].size + len(tokens) - trees[-1].shared(tokens) if trees else 0
-        if joined > TREE_TOKENS or not trees or cost(joined) > cost(trees[-1].size) + cost(len(tokens)):
+        if trees:
+            stem, size, alone = trees[-1].stem, trees[-1].size, len(tokens)
+            joined = size + alone - trees[-1].shared(tokens)
+        if not trees or joined > TREE_TOKENS or cost(stem, joined) > cost(stem, size) + cost(alone, alone):
             trees.append(Tree())
         trees[-1].add(i, requests[i])
     return trees
 
 
 def batches(trees: Iterable[Tree], tokens_at_once: int) -> Iterator[list[Tree]]:
-    """Trees of like length together, the longest first, so that what does not fit into memory fails at once. Those
-    that are one sequence are apart, as plain causal attention serves them."""
-    for branches in (True, False):
-        batch: list[Tree] = []
-        for tree in sorted((tree for tree in trees if tree.branches == branches), key=lambda tree: -tree.size):
-            width = batch[0].size if batch else tree.size
-            rows = len(batch) + 1
-            if batch and (rows * width > tokens_at_once or (branches and rows * width * width > MASK_BYTES)):
-                yield batch
-                batch = []
-            batch.append(tree)
-        if batch:
+    """Trees of like length together, the longest first, so that what does not fit into memory fails at once."""
+    batch: list[Tree] = []
+    for tree in sorted(trees, key=lambda tree: -tree.size):
+        if batch and (len(batch) + 1) * batch[0].size > tokens_at_once:
             yield batch
+            batch = []
+        batch.append(tree)
+    if batch:
+        yield batch
 
 
 @torch.no_grad()
@@ -142,13 +143,11 @@ def score(model: LanguageModel, batch: Sequence[Tree]) -> dict[int, Score]:
     numbers, targets, places = zip(*reads, strict=True)
     once, which = np.unique(np.concatenate(places), return_inverse=True)
     at = torch.from_numpy(once).to(device)
-    if any(tree.branches for tree in batch):
-        there = torch.arange(width, device=device)
-        seen = (there[:, None] >= there) & (there[:, None] < ends[:, None])  # (B, T, T): by row, of column
-        attend = partial(_attend, seen[:, None])
-        hidden = model.hidden(ids, positions, [attend] * model.spec.layers, at)
-    else:
-        hidden = model.hidden(ids, at=at)
+    stem = min((tree.stem for tree in batch if tree.stem < tree.size), default=width)
+    behind = torch.arange(stem, width, device=device).expand(len(batch), -1)
+    attend = partial(_attend, stem, _seen(ends, behind))
+    last = _attend_at(once, ends, attend)
+    hidden = model.hidden(ids, positions, [attend] * (model.spec.layers - 1) + [last], at)
     losses, greedy = _losses(model, hidden, which, np.concatenate(targets))
     splits = np.cumsum([len(of_one) for of_one in targets])[:-1]
     scored = zip(numbers, np.split(losses, splits), np.split(greedy, splits), strict=True)
@@ -173,7 +172,41 @@ def _losses(
     return losses, greedy
 
 
-def _attend(seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of q (B, T, H, D) to k and v (B, T, KV, D) where `seen` (B, 1, T, T) says so."""
+def _seen(ends: Tensor, places: Tensor) -> Tensor:
+    """Whether queries at `places` (B, Q) of rows with these `ends` (B, T) see each key, (B, 1, Q, T)."""
+    there, places = torch.arange(ends.size(1), device=ends.device), places[..., None]
+    return ((there <= places) & (places < ends[:, None]))[:, None]
+
+
+def _attend(stem: int, seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of q (B, T, H, D) to k and v (B, T, KV, D), causal among the first `stem` places; those behind them
+    attend where `seen` (B, 1, T - stem, T) says so."""
+    y = attention(q[:, :stem], k[:, :stem], v[:, :stem], "sdpa")
+    return torch.cat((y, _masked(seen, q[:, stem:], k, v)), 1) if seen.size(2) else y
+
+
+def _attend_at(at: np.ndarray, ends: Tensor, attend: Attend) -> Attend:
+    """Attention of the queries (N, H, D) of the places `at` (N,), in order, among the B·T of rows with these `ends`
+    (B, T): by `attend` where they are so many that it costs less."""
+    rows, places = np.divmod(at, ends.size(1))
+    numbers = np.arange(len(at)) - np.searchsorted(rows, rows)  # of a place among those of its row
+    most = int(numbers.max()) + 1
+    if 2 * most <= ends.size(1):
+        asked = np.zeros((len(ends), most), dtype=np.int64)
+        asked[rows, numbers] = places
+        attend = partial(_masked, _seen(ends, torch.from_numpy(asked).to(ends.device)))
+    else:
+        numbers, most = places, ends.size(1)
+    row, number = (torch.from_numpy(a).to(ends.device) for a in (rows, numbers))
+
+    def laid_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries = q.new_zeros(len(ends), most, *q.shape[1:])
+        queries[row, number] = q
+        return attend(queries, k, v)[row, number]
+
+    return laid_out
+
+
+def _masked(seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
