@@ -1,4 +1,4 @@
-"""The HTTP side of a served model, whatever its engine: paths, key, bounds and errors in OpenAI's form, and the page."""
+"""The HTTP side of a served model, whatever its engine: paths, key, bounds, errors in OpenAI's form, the page."""
 
 from __future__ import annotations
 

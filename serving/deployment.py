@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from ray.serve.schema import LoggingConfig
 
 from models.vllm_engine import CPU_ENV, GPU_ENV
 from serving.api import Bounds, build
-from serving.protocol import Engine
 from serving.torch_api import TorchApi
 from serving.vllm_api import VLLMApi
 

@@ -89,7 +89,7 @@ class Batch:
                 self.failure = error
                 for work in self._works.values():
                     work.told(error)
-                return
+                self._works.clear()
 
     def _take(self) -> None:
         """What was asked meanwhile; waits where there is nothing to do."""
@@ -98,6 +98,9 @@ class Batch:
             if work is None:
                 if self._works.pop(key, None) is not None:
                     self._sampler.drop(key)
+                continue
+            if self.failure is not None:
+                work.told(self.failure)
                 continue
             self._works[key] = work
             tell = partial(self._tell, work)
