@@ -90,7 +90,6 @@ def main(argv: list[str] | None = None) -> int:
     key, made = key_of(args.api_key, loopback)
     check_port(args.host, args.port)
     model = find(args.what, args.storage)
-    logging.getLogger("ray.serve").setLevel(logging.INFO if args.debug else logging.ERROR)
     from serving import deployment  # torch, Ray Serve and FastAPI, which a wrong flag needs none of
     from serving.api import Bounds, digest
     from serving.speaker import Voice
@@ -100,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.tools == "server" and not voice.calculates:
         raise ValueError(f"--tools server: {model.name} has not learned to call the calculator; leave the flag out")
     console = Terminal(stderr=True, highlight=False)
+    logging.getLogger("ray.serve").setLevel(logging.INFO if args.debug else logging.ERROR)
     runtime.connect(args.debug)
     devices = resources()
     on_gpu, room = devices.kind == "cuda", devices.gpus or devices.cpus

@@ -73,7 +73,10 @@ def build(
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        await engine.check()
+        try:
+            await engine.check()
+        except Exception as error:  # of whatever kind: it cannot answer
+            raise ApiError(503, "the engine has failed; another takes its place") from error
         return {"status": "ok"}
 
     @app.get("/metrics")

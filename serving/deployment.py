@@ -120,7 +120,12 @@ def start(
         graceful_shutdown_timeout_s=bounds.seconds,
         **scale,
     ).bind(fetch, name, engine, on_gpu, bounds, key, run_tools)
-    serve.run(model, name=APP, route_prefix="/")
+    try:
+        serve.run(model, name=APP, route_prefix="/")
+    except RuntimeError:  # of Serve's, which only says that it failed
+        told = serve.status().applications[APP].deployments["model"].message.strip().splitlines()
+        why = next((line.strip() for line in reversed(told) if "Error" in line), "Ray Serve does not say why")
+        raise RuntimeError(f"no engine came up: {why}; --debug shows what it printed") from None
 
 
 def stop() -> None:

@@ -23,6 +23,7 @@ class VLLMApi:
 
     async def open(self) -> None:
         from starlette.datastructures import State
+        from vllm import SamplingParams
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -42,6 +43,9 @@ class VLLMApi:
         self._engine = AsyncLLM.from_vllm_config(config, stat_loggers=[RayPrometheusStatLogger])
         self._state: Any = State()
         await init_app_state(self._engine, self._state, args, await self._engine.get_supported_tasks())
+        prompt: Any = {"prompt_token_ids": [self.voice.text.bos]}
+        async for _ in self._engine.generate(prompt, SamplingParams(max_tokens=1), "first"):
+            pass  # what it cannot compute, such as heads of an odd size, it says only now
 
     async def check(self) -> None:
         await self._engine.check_health()

@@ -326,7 +326,7 @@ def test_an_engine_that_fails_tells_everybody(model: Path, monkeypatch: pytest.M
     with served(engine, None) as url:
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "Tom"})
         assert answer.status_code == 500 and answer.json()["error"]["message"] == "the engine has failed"
-        assert httpx.get(f"{url}/health").status_code == 500
+        assert httpx.get(f"{url}/health").status_code == 503
         assert httpx.post(f"{url}/v1/completions", json={"prompt": "Tom"}).status_code == 500
     with pytest.raises(RuntimeError):
         asyncio.run(engine.check())
