@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 
 import ray
@@ -53,6 +54,7 @@ def key_of(given: str | None, loopback: bool) -> tuple[str | None, bool]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fathom serve", description=__doc__)
     parser.add_argument("what", metavar="WHAT", help="the model: RUN, RUN:STAGE, RUN:STAGE@STEP, a directory, hub:REPO")
+    parser.add_argument("--name", help="what clients call the model (default: WHAT, of a directory its last part)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default %(default)s)")
     parser.add_argument(
@@ -94,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     from serving.api import Bounds, digest
     from serving.speaker import Voice
 
+    name = args.name or (Path(model.name).resolve().name if Path(model.name).is_dir() else model.name)
     engine = deployment.choose(args.engine)
     voice = Voice(model.fetch())  # what is wrong with its files is told here
     if args.tools == "server" and not voice.calculates:
@@ -117,12 +120,12 @@ def main(argv: list[str] | None = None) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    say(console, f"starting {model.name} with {engine} on {'GPU' if on_gpu else 'CPU'}", "dim")
+    say(console, f"starting {name} with {engine} on {'GPU' if on_gpu else 'CPU'}", "dim")
     arguments = (engine, on_gpu, replicas, bounds, digest(key) if key else None, args.tools == "server")
-    deployment.start(model.fetch, model.name, *arguments, args.host, args.port)
+    deployment.start(model.fetch, name, *arguments, args.host, args.port)
     host = ANYWHERE.get(args.host, args.host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
-    say(console, f"{model.name} answers at {url}/v1, and at {url} to a person")
+    say(console, f"{name} answers at {url}/v1, and at {url} to a person")
     if made:
         say(console, f"API key: {key}")
     while not ended.wait(1.0):
