@@ -43,8 +43,8 @@ def replicas_of(value: str) -> tuple[int, int]:
 
 def key_of(given: str | None, loopback: bool) -> tuple[str | None, bool]:
     """The API key, and whether it was made here: none on the loopback interface unless there is one."""
-    key = os.environ.get(KEY) if given is None else given
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+    key = given or os.environ.get(KEY) or None
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
         raise ValueError(f"the API key (--api-key or {KEY}) must be printable ASCII without white space around it")
     if key is None and not loopback:
         return f"sk-{secrets.token_urlsafe(KEY_BYTES)}", True

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -13,6 +15,7 @@ from urllib.request import urlopen
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
@@ -25,6 +28,7 @@ APP = "fathom"
 WAITING = 64  # requests of a replica over its bound, which it refuses itself
 METRICS = ("ray_vllm", "ray_serve")
 METRICS_TIMEOUT_S = 10
+POLL_S = 0.2
 
 
 def choose(engine: str) -> str:
@@ -98,7 +102,10 @@ def start(
     port: int,
 ) -> None:
     """Serves the model that `fetch` brings to a machine on the connected cluster, from here on; returns when it
-    answers. RuntimeError where it does not come up."""
+    answers. RuntimeError where it does not come up, or where the cluster serves something already."""
+    with suppress(ValueError):  # there is no such actor
+        ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+        raise RuntimeError("Ray Serve runs on this cluster already: `serve shutdown` ends it, or unset RAY_ADDRESS")
     least, most = replicas
     options: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
     options["runtime_env"] = {"env_vars": GPU_ENV if on_gpu else CPU_ENV}
@@ -130,5 +137,7 @@ def start(
 
 def stop() -> None:
     """Lets what streams come to its end, and takes nothing new."""
-    serve.delete(APP)
+    serve.delete(APP, _blocking=False)  # which would wait for a minute at most
+    while APP in serve.status().applications:
+        time.sleep(POLL_S)
     serve.shutdown()
