@@ -201,7 +201,8 @@ class TorchSampler:
     """Continues lists of at most `length` tokens, new ones included.
 
     Each step feeds one token of every row: a token just sampled, or the next of what was put in. Prompts are computed
-    in one pass, each only once however many samples it has. Rows that are idle leave when a quarter are.
+    in one pass, each only once however many samples it has. Rows that are idle leave when a quarter are, or when others
+    come in.
     """
 
     def __init__(self, model: LanguageModel, stops: Sequence[int], length: int) -> None:
@@ -210,6 +211,8 @@ class TorchSampler:
         self.most = max(1, min(ROWS, CACHE_BYTES // (model.spec.kv_bytes_per_token * max(1, length))))
         self.waiting: list[_Row] = []
         self.rows: list[_Row] = []
+        # given a key and the logprobs (V,), in nats, that its next token is drawn from, before `watch` has that token
+        self.look: Callable[[int, Tensor], None] | None = None
         # of each layer, keys and values (rows, length, kv_heads, head_dim)
         self.cache: list[tuple[Tensor, Tensor]] = [self._empty(0) for _ in range(model.spec.layers)]
 
@@ -252,22 +255,31 @@ class TorchSampler:
         chosen = torch.where(uniform < 0, logprobs.argmax(-1, keepdim=True), chosen)
         ended = []
         values = zip(rows, due, chosen[:, 0].tolist(), logprobs.gather(1, chosen)[:, 0].tolist(), strict=True)
-        for row, now, token, logprob in values:
+        for n, (row, now, token, logprob) in enumerate(values):
             row.cached = min(row.cached + 1, len(row.tokens) - 1 + now)
             if now:
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
                 row.room = 0 if token in self.stops else row.room - 1
+                if self.look is not None:
+                    self.look(row.key, logprobs[n])
                 if row.watch is not None:
                     row.watch([token])
                 if not row.room:
                     ended.append((row.key, row.tokens[-len(row.logprobs) :], row.logprobs))
         return ended
 
+    def drop(self, key: int) -> None:
+        """Forgets a list that is under way; it does not end in `step`."""
+        self.waiting = [row for row in self.waiting if row.key != key]
+        for row in self.rows:
+            if row.key == key:
+                row.room = 0
+
     def _regroup(self) -> None:
         """Lets rows that are idle go and those that wait come in, where that is worth a copy of the cache."""
         kept = [n for n, row in enumerate(self.rows) if row.room]
-        if 4 * len(kept) > 3 * len(self.rows):
+        if 4 * len(kept) > 3 * len(self.rows) and not (self.waiting and len(self.rows) < self.most):
             return
         new, self.waiting = self.waiting[: self.most - len(kept)], self.waiting[self.most - len(kept) :]
         prompts = {tuple(row.tokens[:-1]): None for row in new}  # the last token is fed by the next step

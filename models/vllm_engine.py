@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.generate import ROWS, WHOLE, Sampler, Sampling
 from models.hf import read_spec
+from models.spec import ModelSpec
 from models.vllm_plugin import register
 
 # what the process needs in its environment, before vllm or torch is imported
@@ -51,27 +52,16 @@ class VLLMEngine:
         self.watched: dict[int, Callable[[list[int]], None]] = {}  # with who is given their tokens as they come
         self.told: dict[int, int] = {}  # how many of them were given
         self.sleeps, self.asleep = on_gpu and shared, False
-        settings: dict[str, Any] = {
-            "dtype": "bfloat16",
-            "gpu_memory_utilization": 0.35 if shared else 0.9,
-            "enable_sleep_mode": self.sleeps,
-            "weight_transfer_config": {"backend": "ipc" if shared else "nccl"},
-        }
-        if not on_gpu:
-            # fp32, so that sampler and trainer agree to 1e-5; a fixed cache, without which vLLM does not start
-            row = spec.kv_bytes_per_token * (spec.sequence_len + BLOCK)
-            rows = max(2, min(ROWS, CPU_KV_BYTES // row))
-            settings = {"dtype": "float32", "kv_cache_memory_bytes": rows * row, "block_size": BLOCK}
-            self.cached_tokens = rows * (spec.sequence_len + BLOCK)
-        self.llm = LLM(
-            str(directory),
-            skip_tokenizer_init=True,
-            enforce_eager=not on_gpu,
-            max_model_len=spec.sequence_len,
-            max_num_seqs=ROWS,
-            enable_chunked_prefill=on_gpu,  # with it, a request's own seed crashes the CPU engine
-            **settings,
-        )
+        settings = engine_settings(spec, on_gpu)
+        if on_gpu:
+            settings |= {
+                "gpu_memory_utilization": 0.35 if shared else 0.9,
+                "enable_sleep_mode": self.sleeps,
+                "weight_transfer_config": {"backend": "ipc" if shared else "nccl"},
+            }
+        else:
+            self.cached_tokens = settings["kv_cache_memory_bytes"] // spec.kv_bytes_per_token
+        self.llm = LLM(str(directory), skip_tokenizer_init=True, **settings)
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.call("reload_weights", weights_iterator=list(state.items()))
@@ -185,6 +175,22 @@ class VLLMEngine:
         if self.asleep:
             self.llm.wake_up()
             self.asleep = False
+
+
+def engine_settings(spec: ModelSpec, on_gpu: bool) -> dict[str, Any]:
+    """What every engine of vLLM's here is made with: bf16 on a GPU, fp32 on a CPU, so that sampler and trainer agree to
+    1e-5."""
+    settings: dict[str, Any] = {"dtype": "bfloat16"}
+    if not on_gpu:  # there a fixed cache, without which vLLM does not start
+        row = spec.kv_bytes_per_token * (spec.sequence_len + BLOCK)
+        rows = max(2, min(ROWS, CPU_KV_BYTES // row))
+        settings = {"dtype": "float32", "kv_cache_memory_bytes": rows * row, "block_size": BLOCK}
+    return settings | {
+        "enforce_eager": not on_gpu,
+        "max_model_len": spec.sequence_len,
+        "max_num_seqs": ROWS,
+        "enable_chunked_prefill": on_gpu,  # with it, a request's own seed crashes the CPU engine
+    }
 
 
 def reseed(worker: Any, seeds: Mapping[str, int]) -> None:

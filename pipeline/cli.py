@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "measure models: CORE, ChatCORE, perplexity; several side by side",
     "chat": "talk to a model, which may use the calculator",
     "sample": "how a model goes on with a text",
+    "serve": "a model behind OpenAI's API, and a page to chat at",
     "export": "give a model away: a folder, or a repository of the hub, that other programs load",
     "tokenizer": "how well a run's tokenizer compresses each kind of text",
     "status": "the stages of a run, finished or not",

@@ -7,11 +7,12 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from models.generate import Engine, Sampling, TorchEngine, Turns, complete
 from models.hf import read_spec
@@ -48,22 +49,49 @@ def open_engine(directory: Path, wanted: str) -> Engine:
     return TorchEngine(directory, on_gpu)
 
 
-class Speaker:
-    """The model in `directory`, run by `engine`. `context` is in tokens."""
+class Voice:
+    """How the model in `directory` is spoken to: its tokenizer, its turns, what ends what it writes, and how it is
+    sampled where nobody says. `context` is in tokens."""
 
-    def __init__(self, directory: Path, engine: Engine) -> None:
-        self.text, self.engine = open_text(directory), engine
+    def __init__(self, directory: Path) -> None:
+        self.text = open_text(directory)
         self.turns = self.text.turns(NumberProblems.tools)
-        self.context = read_spec(directory).sequence_len
-        self.ends = _ends(directory / "generation_config.json")
+        spec = read_spec(directory)
+        self.context, self.vocab_size = spec.sequence_len, spec.vocab_size
+        generation = _generation(directory / "generation_config.json")
+        ends = generation.eos_token_id
+        self.ends = {*(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+        self.sampling = Sampling(generation.temperature, generation.top_p)
 
-    @property
+    def encoded(self, prompt: str | list[int]) -> list[int]:
+        """The tokens of a text to go on with; a list of tokens is such a text already. ValueError for what this model
+        has no tokens for."""
+        if isinstance(prompt, str):
+            return [self.text.bos, *self.text.encode(prompt)]
+        if max(prompt) >= self.vocab_size:
+            raise ValueError(f"the tokens of this model go from 0 to {self.vocab_size - 1}, and {max(prompt)} is none")
+        return prompt
+
+    @cached_property
     def chats(self) -> bool:
         """Whether it has learned to end a turn, as a model of base has not."""
         with suppress(ValueError):
             self.text.prompt([{"role": "user", "content": ""}])
             return not self.ends or not self.ends.isdisjoint(self.turns.ends)
         return False
+
+    @property
+    def calculates(self) -> bool:
+        """Whether it has learned to call the calculator."""
+        return self.chats and self.turns.call is not None
+
+
+class Speaker(Voice):
+    """The model in `directory`, run by `engine`."""
+
+    def __init__(self, directory: Path, engine: Engine) -> None:
+        super().__init__(directory)
+        self.engine = engine
 
     def answer(
         self, messages: Sequence[Message], sampling: Sampling, seed: int, say: Say
@@ -84,7 +112,7 @@ class Speaker:
                     f"{self.context:,} keeps {self.context // ROOM:,} for the answer: say it in fewer words"
                 )
             first = later[0]
-        parts = _Parts(self.text, self.turns, say)
+        parts = Parts(self.text, self.turns, say)
         with suppress(StoppedError):
             self._complete(self.turns, prompt, sampling, seed, self.context, [parts])
         with suppress(StoppedError):
@@ -98,11 +126,11 @@ class Speaker:
     ) -> list[str]:
         """How the model goes on with `text`, `samples` times; `say` is given pieces of the first one as it comes.
         ValueError where the context has no room."""
-        prompt = [self.text.bos, *self.text.encode(text)]
+        prompt = self.encoded(text)
         if len(prompt) >= self.context:
             raise ValueError(f"the text has {len(prompt):,} tokens, and the context of the model is {self.context:,}")
         turns = Turns(tuple({*self.ends, *self.turns.ends, self.text.bos}), None, lambda call: [])
-        several = [_Parts(self.text, turns, lambda kind, piece: None) for _ in range(samples)]
+        several = [Parts(self.text, turns, lambda kind, piece: None) for _ in range(samples)]
         several[0].say = lambda kind, piece: say(piece)
         self._complete(turns, prompt, sampling, seed, max_tokens, several)
         for parts in several:
@@ -110,7 +138,7 @@ class Speaker:
         return ["".join(part["text"] for part in parts.parts) for parts in several]
 
     def _complete(
-        self, turns: Turns, prompt: list[int], sampling: Sampling, seed: int, most: int, several: list[_Parts]
+        self, turns: Turns, prompt: list[int], sampling: Sampling, seed: int, most: int, several: list[Parts]
     ) -> None:
         def watch(number: int, tokens: list[int], sampled: bool) -> None:
             several[number].add(tokens, sampled)
@@ -121,20 +149,21 @@ class Speaker:
 
 class _Generation(BaseModel):
     eos_token_id: int | list[int] | None = None
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
 
 
-def _ends(path: Path) -> set[int]:
-    """The tokens that end what a model writes, by its generation_config.json; none where there is no such file."""
+def _generation(path: Path) -> _Generation:
+    """What a model's generation_config.json says; nothing where there is no such file."""
     try:
-        ends = _Generation.model_validate_json(path.read_bytes()).eos_token_id
+        return _Generation.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        return set()
+        return _Generation()
     except ValidationError as error:
-        raise ValueError(f"{path} does not say what ends a text; get it again") from error
-    return {*(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+        raise ValueError(f"{path} does not say what ends a text and how it is sampled; get it again") from error
 
 
-class _Parts:
+class Parts:
     """An answer's tokens as they come, as parts of text. `say` is given what is new of a part once its letters are
     whole: a token may hold some of a letter's bytes."""
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from base64 import b64decode
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -54,7 +55,7 @@ class Page:
         assert "error" not in said, said
         return said["result"]
 
-    async def open(self, path: Path, width: int, dark: bool = False, height: int = 900) -> None:
+    async def open(self, place: Path | str, width: int, dark: bool = False, height: int = 900) -> None:
         for domain in ("Page", "Runtime", "Log", "Network"):
             await self.call(f"{domain}.enable")
         await self.call(
@@ -63,7 +64,7 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.call("Emulation.setEmulatedMedia", features=[scheme])
         self._loaded.clear()
-        await self.call("Page.navigate", url=path.resolve().as_uri())
+        await self.call("Page.navigate", url=place if isinstance(place, str) else place.resolve().as_uri())
         await asyncio.wait_for(self._loaded.wait(), SECONDS)
         await self.says("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))")
 
@@ -72,6 +73,18 @@ class Page:
         result = await self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    async def until(self, expression: str, seconds: float = SECONDS) -> Any:
+        """The value of a JavaScript expression once it is something."""
+        deadline = time.monotonic() + seconds
+        while not (value := await self.says(expression)):
+            assert time.monotonic() < deadline, f"{expression} stays {value!r}"
+            await asyncio.sleep(0.05)
+        return value
+
+    async def type(self, text: str) -> None:
+        """Into what has the focus."""
+        await self.call("Input.insertText", text=text)
 
     async def press(self, key: str) -> None:
         text = {"text": key} if len(key) == 1 else {}

@@ -24,7 +24,7 @@ from conftest import SETTINGS, flags
 from runs import ROOT
 from test_scoring import make_bundle
 
-SERVER = "vllm.entrypoints.openai.api_server"
+SERVERS = ("fathom serve ", "vllm.entrypoints.openai.api_server")  # each at port 8000, until the next one starts
 SHORT = " ".join(flags(SETTINGS))
 # What is written → what is run.
 SMALLER = {
@@ -105,6 +105,17 @@ def wait_for(address: str, seconds: float) -> None:
             time.sleep(1)
 
 
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """Ends a server, and waits until its port is free."""
+    os.killpg(server.pid, signal.SIGTERM)
+    server.wait(120)
+    while True:
+        with contextlib.suppress(OSError), urllib.request.urlopen("http://localhost:8000/health", timeout=5):
+            time.sleep(1)
+            continue
+        return
+
+
 def main() -> int:
     if len(sys.argv) != 2 or Path(sys.argv[1]).exists():
         print("give the name of a folder that does not exist yet", file=sys.stderr)
@@ -122,6 +133,9 @@ def main() -> int:
             if language == "python":
                 (folder / "clone" / "pasted.py").write_text(text)
                 text = ".venv/bin/python pasted.py"
+            serves = any(name in text for name in SERVERS)
+            if serves and server is not None:
+                stop(server)
             began = time.monotonic()
             shell = ["bash", "-e", "-o", "pipefail", "-c", text]
             output = folder / "output.txt"
@@ -129,7 +143,7 @@ def main() -> int:
                 process = subprocess.Popen(
                     shell, cwd=folder / "clone", env=environment, stdout=file, stderr=file, start_new_session=True
                 )
-            if SERVER in text:
+            if serves:
                 server = process
                 wait_for("http://localhost:8000/health", 300)
             code = 0 if process is server else process.wait(3_600)
@@ -139,7 +153,7 @@ def main() -> int:
                 print(output.read_text()[-3_000:], flush=True)
     finally:
         if server is not None:
-            os.killpg(server.pid, signal.SIGTERM)
+            stop(server)
         for process in psutil.process_iter():  # what the commands left running, such as `ray start`
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("HOME") == str(folder):

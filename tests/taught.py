@@ -30,11 +30,11 @@ def parts(answer: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"type": kind, "text": text} for kind, text in answer]
 
 
-def taught(directory: Path, family: Family = "depth", steps: int = 150) -> Tokenizer:
-    """Exports the model into `directory`, as a training stage does."""
+def taught(directory: Path, family: Family = "depth", steps: int = 150, heads: int = 4) -> Tokenizer:
+    """Exports the model into `directory`, as a training stage does. vLLM has heads of size 32 and more: 2 of them."""
     tokenizer = Tokenizer.train(["Tom buys 12 boxes of 34 pens, and we count boxes and boxes of pens. " * 20], 300)
-    kv_heads = 4 if family == "gpt2" else 2
-    spec = ModelSpec(family, 2, 64, 4, kv_heads, 256, tokenizer.vocab_size, CONTEXT, biases=family == "gpt2")
+    kv_heads = heads if family == "gpt2" else heads // 2
+    spec = ModelSpec(family, 2, 64, heads, kv_heads, 256, tokenizer.vocab_size, CONTEXT, biases=family == "gpt2")
     model = build(spec)
     model.init_weights(0)
     tokens, mask = np.full((len(KNOWN), CONTEXT + 1), tokenizer.bos), np.zeros((len(KNOWN), CONTEXT + 1), np.uint8)

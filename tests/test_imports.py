@@ -16,6 +16,7 @@ LIBRARIES = (
     "torch.distributed.checkpoint",
     "ray.data",
     "ray.train.torch",
+    "ray.serve",
     "transformers",
     "datasets",
     "pyarrow.fs",
