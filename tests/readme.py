@@ -49,7 +49,7 @@ SMALLER = {
 PLACES = {
     "/data/books/*.parquet": "BOOKS",
     "/data/chat.jsonl": "CHAT",
-    "/data/gsm8k": "GSM8K",
+    "/data/gsm8k": "PROBLEMS",
     "/data/eval_bundle.zip": "BUNDLE",
     "/data/core": "BUNDLE",
     "/data/evaluation": "EVALUATION",
@@ -77,7 +77,7 @@ def write_data(folder: Path) -> dict[str, Path]:
     for split in ("train", "test"):
         problems = Arithmetic(2_000, seed=0).problems("train" if split == "train" else "test")
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(vars(p)) + "\n" for p in problems))
-    own = {"BOOKS": folder / "books.parquet", "CHAT": folder / "chat.jsonl", "GSM8K": folder}
+    own = {"BOOKS": folder / "books.parquet", "CHAT": folder / "chat.jsonl", "PROBLEMS": folder}
     shutil.copytree(folder, folder / "evaluation/gsm8k", ignore=shutil.ignore_patterns("evaluation"))
     return own | {"EVALUATION": folder / "evaluation", "BUNDLE": make_bundle(folder / "bundle")}
 
