@@ -11,7 +11,7 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from corpus.chat_template import CALCULATORS
 from serving.speaker import Voice
@@ -19,7 +19,8 @@ from serving.speaker import Voice
 MOST_CHOICES = 64  # of one request: prompts · n
 MOST_LOGPROBS = 20
 
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+# from 0 on, as vLLM draws a seed of its own where it is given -1
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(lambda seed: seed % 2**63)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
