@@ -114,9 +114,9 @@ def export(
 ) -> None:
     """Writes into `directory` what transformers and vLLM load; with any of the special tokens `ends` it stops, and with
     a `temperature` it is sampled unless the caller says otherwise."""
-    stops, pad = [tokenizer.special(name) for name in ends], tokenizer.special(PADDING)
+    stops, pad = [i for name in ends for i in tokenizer.ids(name)], tokenizer.special(PADDING)
     save_pretrained(model, directory, tokenizer.bos, stops, pad, dtype, temperature)
-    tokenizer.save(directory, ends[0], model.spec.sequence_len)
+    tokenizer.save(directory, ends[0], model.spec.places)
 
 
 def export_checkpoint(
