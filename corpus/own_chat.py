@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from corpus.left_out import UnusableError
@@ -139,7 +140,7 @@ class OwnChat:
             mask.extend([int(written)] * len(new))
 
         bounds = [0, *(bound for region in regions for bound in region), len(whole)]
-        for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for n, (start, stop) in enumerate(pairwise(bounds)):
             written, text, put_in = n % 2 == 1, "", False
             for part in tokenizer.special_or_place.split(whole[start:stop]):
                 if (place := PLACE.fullmatch(part)) is not None:

@@ -559,23 +559,22 @@ def _of_model(directory: Path, size: int, own_chat: bool) -> Tokenizer:
         """The special token of this role, such as bos."""
         given = config.get(f"{role}_token")
         given = given.get("content") if isinstance(given, dict) else given
-        found = given if given in vocabulary.special else by_id.get(known.get(f"{role}_token_id"))
-        return found if isinstance(found, str) else None
+        return given if given in vocabulary.special else by_id.get(known.get(f"{role}_token_id", -1))
 
     bos, eos = named("bos"), named("eos")
     ends = [name for name in dict.fromkeys((bos or eos, eos or bos)) if name is not None]
     aliases: Aliases = {"<|bos|>": ends} if ends else {}
     template = _template_of(directory, config) if own_chat else None
+    added = SPECIAL_TOKENS if template is None else [*CALL, *RESULT, *(["<|bos|>"] if not ends else [])]
+    if clash := set(added) & vocabulary.special.keys():
+        raise ValueError(f"the tokenizer in {directory} already has the token {min(clash)}, which is added here")
     if template is None:
         if isinstance(vocabulary, Ranks):
             return BytePairs.of(vocabulary, aliases, size)
         return _FromJson.of(vocabulary, str(directory), aliases, size)
-    data = json.loads(text)
-    first, added = vocabulary.size, [*CALL, *RESULT, *(["<|bos|>"] if not ends else [])]
-    if clash := set(added) & vocabulary.special.keys():
-        raise ValueError(f"the tokenizer in {directory} already has the token {min(clash)}, which is added here")
+    data = json.loads(text or _as_json(vocabulary))
     flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
-    of_file = [{"id": first + i, "content": name, **flags} for i, name in enumerate(added)]
+    of_file = [{"id": vocabulary.size + i, "content": name, **flags} for i, name in enumerate(added)]
     data["added_tokens"] += of_file
     if "added_tokens_decoder" in config:  # which transformers heeds too
         config["added_tokens_decoder"] |= {str(t["id"]): {k: t[k] for k in t if k != "id"} for t in of_file}
@@ -596,19 +595,23 @@ def _of_model(directory: Path, size: int, own_chat: bool) -> Tokenizer:
     return _OfModel(json.dumps(data, ensure_ascii=False), config, own, aliases, size)
 
 
+def _as_json(vocabulary: Ranks | TokenizerJson) -> str:
+    """The tokenizer.json of a vocabulary that was no such file."""
+    if isinstance(vocabulary, TokenizerJson):
+        return vocabulary.text
+    text: str = BytePairs(vocabulary, np.zeros(vocabulary.size, dtype=np.int32))._fast().to_str()
+    return text
+
+
 def _vocabulary_of(directory: Path) -> tuple[Ranks | TokenizerJson, str]:
-    """A model's vocabulary, and its tokenizer.json as it was."""
+    """A model's vocabulary, and its tokenizer.json as it was, where it is that."""
     path = directory / JSON_FILE
     if path.is_file():
         return read(str(path)), path.read_text(encoding="utf-8")
     others = [directory / "tokenizer.model", directory / "original" / "tokenizer.model", *directory.glob("*.tiktoken")]
     place = next((path for path in others if path.is_file()), directory)
     if place != directory or (directory / GPT2_FILES[0]).is_file():
-        vocabulary = read(str(place))
-        if isinstance(vocabulary, TokenizerJson):
-            return vocabulary, vocabulary.text
-        sizes = np.zeros(vocabulary.size, dtype=np.int32)
-        return vocabulary, BytePairs(vocabulary, sizes)._fast().to_str()
+        return read(str(place)), ""
     from transformers import AutoTokenizer  # which knows how the text of vocab.json and merges.txt is split
 
     try:
