@@ -132,11 +132,12 @@ def answers(conversation: dict[str, Any]) -> int:
 
 def render_prompt(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
     """Ids of the messages up to where the model writes on: after `<|assistant_start|>`, or after a tool's result."""
-    unfinished = bool(messages) and messages[-1]["role"] == "tool"
+    turns = _turns(messages, tokenizer.own is not None)
+    unfinished = messages[-1]["role"] == "tool"
     if tokenizer.own is not None:
-        return tokenizer.own.prompt(_typed(_turns(messages, True)), tokenizer, unfinished)
+        return tokenizer.own.prompt(_typed(turns), tokenizer, unfinished)
     ids = [tokenizer.bos]
-    for role, parts in _turns(messages):
+    for role, parts in turns:
         ids += _render_turn(role, parts, tokenizer)[0]
     if unfinished:
         return ids[:-1]  # the turn is not over

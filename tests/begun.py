@@ -11,6 +11,8 @@ import torch
 
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 128, "num_attention_heads": 3}
 SHAPE |= {"max_position_embeddings": 512}
+LLAMA31_ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0}
+LLAMA31_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = (
     "{%- for m in messages -%}{%- if loop.first -%}{{ bos_token }}{%- endif -%}"
     "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{%- endfor -%}"
@@ -37,7 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str], dict[str, str], str | No
     ),
     "llama": (
         "llama",
-        SHAPE | {"num_key_value_heads": 1, "tie_word_embeddings": True},
+        SHAPE | {"num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": LLAMA31_ROPE},
         ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
         {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
         LLAMA3,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -14,7 +16,9 @@ import pytest
 import torch
 from begun import CHATML, LLAMA3, MODELS, checkpoint
 from conftest import flags
-from runs import Run
+from hub import SETTINGS as HUB_SETTINGS
+from hub import Hub, served
+from runs import ROOT, Run, environment
 
 from corpus.conversation import render, render_prompt
 from corpus.left_out import UnusableError
@@ -237,6 +241,30 @@ def test_an_export_of_ours_begins_where_it_ended(tmp_path: Path) -> None:
     assert found.spec == spec and found.chats
     again = grown(tmp_path, spec, [])
     assert all(w.equal(again.state_dict()[name]) for name, w in model.state_dict().items())
+
+
+HUB = """
+import sys
+from pipeline.config import load_config
+from stages.begin import directory_of
+config = load_config("demo", {"init": {"source": "hub:them/model"}})
+folder = directory_of(config.init)
+print(config.name, config.init.revision, folder.name, sorted(path.name for path in folder.iterdir()))
+"""
+
+
+def test_a_repository_of_the_hub_is_begun_from_at_the_commit_that_was_planned(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in theirs["llama"][0].iterdir()} | {"pytorch_model.bin": b"pickle"}
+    Hub.private, Hub.commits, Hub.large = {"them/model": False}, {"them/model": [files]}, {}
+    with served() as endpoint:
+        env = environment(HF_ENDPOINT=endpoint, HOME=str(tmp_path), HF_HOME=str(tmp_path), **HUB_SETTINGS)
+        done = subprocess.run(
+            [sys.executable, "-c", HUB], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        )
+    kept = sorted(files.keys() - {"pytorch_model.bin"})
+    assert done.stdout.strip() == f"demo {1:040x} {1:040x} {kept}", done.stderr
 
 
 @pytest.mark.parametrize("which", ["Llama 3", "Qwen"])
