@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import rustbpe
 import tiktoken
+from pydantic import TypeAdapter
 
 from corpus.chat_template import chat_template, escapes, unescapes
 from corpus.own_chat import CALL, CLOSE, OPEN, RESULT, NoFormatError, OwnChat
@@ -530,7 +531,13 @@ class _OfModel(_FromJson):
     def restore(cls, directory: Path, meta: dict[str, Any]) -> _OfModel:
         text = (directory / JSON_FILE).read_text(encoding="utf-8")
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        return cls(text, config, OwnChat(**meta["own"]), _aliases_of(meta), len(_load_sizes(directory)))
+        return cls(
+            text,
+            config,
+            TypeAdapter(OwnChat).validate_python(meta["own"]),
+            _aliases_of(meta),
+            len(_load_sizes(directory)),
+        )
 
     def _state(self, directory: Path) -> dict[str, Any]:
         assert self.own is not None

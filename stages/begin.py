@@ -48,8 +48,10 @@ def look(config: InitConfig) -> Found:
     assert config.source is not None
     of_hub = config.source.startswith(hub.HUB)
     directory = hub.fetch(config.source, weights=False) if of_hub else Path(config.source)
+    if not directory.is_dir():
+        raise FileNotFoundError("there is no such directory; a model of the hub is named hub:OWNER/NAME")
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{config.source} is no Hugging Face model: it has no config.json")
+        raise FileNotFoundError("it is no Hugging Face model, as it has no config.json")
     spec = read_spec(directory)
     tokenizer = Tokenizer.of_model(directory, spec.vocab_size, config.own_chat)
     if not of_hub:
@@ -75,6 +77,8 @@ def directory_of(config: InitConfig) -> Path:
         directory = hub.fetch(config.source, config.revision)
     else:
         directory = Path(config.source)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"--init {config.source} is not on this machine, where it is needed now")
         if config.digest is not None and digest_of(directory) != config.digest:
             raise ValueError(
                 f"--init {config.source} is not what it was where the run was started: all machines need the same, and "
