@@ -274,6 +274,11 @@ class Tokenizer(ABC):
         return self.special("<|bos|>")
 
     @property
+    def padding(self) -> int:
+        own = self.own.names.get("pad_token") if self.own is not None else None
+        return self.special(PADDING) if own is None else self._special[own]
+
+    @property
     def special_ids(self) -> Mapping[str, int]:
         """The id of every special token."""
         return self._special
@@ -548,7 +553,7 @@ class _OfModel(_FromJson):
         assert self.own is not None
         (directory / JSON_FILE).write_text(self._text, encoding="utf-8")
         _write_json(directory / CONFIG_FILE, self._config)
-        if "chat_template" not in self._config:
+        if _configured_template(self._config) != self.own.template:
             (directory / TEMPLATE_FILE).write_text(self.own.template, encoding="utf-8")
 
 
@@ -566,7 +571,9 @@ def _of_model(directory: Path, size: int, own_chat: bool) -> Tokenizer:
         """The special token of this role, such as bos."""
         given = config.get(f"{role}_token")
         given = given.get("content") if isinstance(given, dict) else given
-        return given if given in vocabulary.special else by_id.get(known.get(f"{role}_token_id", -1))
+        ids = known.get(f"{role}_token_id")  # of eos there may be several
+        found = [by_id[i] for i in (ids if isinstance(ids, list) else [ids]) if i in by_id]
+        return given if given in vocabulary.special else next(iter(found), None)
 
     bos, eos = named("bos"), named("eos")
     ends = [name for name in dict.fromkeys((bos or eos, eos or bos)) if name is not None]
@@ -634,10 +641,13 @@ def _vocabulary_of(directory: Path) -> tuple[Ranks | TokenizerJson, str]:
 
 
 def _template_of(directory: Path, config: dict[str, Any]) -> str | None:
-    """The chat template of a model, the default one where there are several."""
+    """The chat template of a model."""
     path = directory / TEMPLATE_FILE
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8") if path.is_file() else _configured_template(config)
+
+
+def _configured_template(config: dict[str, Any]) -> str | None:
+    """That of tokenizer_config.json, the default one where there are several."""
     found = config.get("chat_template")
     if isinstance(found, list):
         found = {entry["name"]: entry["template"] for entry in found}.get("default")

@@ -276,7 +276,8 @@ def test_tokenizers_that_people_use_keep_their_ids_and_chat(
             pytest.skip("set FATHOM_LLAMA3_TOKENIZER to the file tokenizer.model of Llama 3")
         ids, template = {"<|begin_of_text|>": 128_000, "<|eot_id|>": 128_009, CALL[0]: 128_256}, LLAMA3
         name = "tokenizer.model"
-        named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+        named = {"bos_token": {"content": "<|begin_of_text|>"}}  # and of the rest the ids alone
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [128_001, 128_009]}))
     else:
         file = str(request.getfixturevalue("shared_data") / "tokenizers/qwen/qwen.tiktoken")
         ids, template = {"<|endoftext|>": 151_643, "<|im_end|>": 151_645, CALL[0]: 151_669}, CHATML
@@ -285,6 +286,7 @@ def test_tokenizers_that_people_use_keep_their_ids_and_chat(
     shutil.copy(file, tmp_path / name)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"chat_template": template}))
     tokenizer = Tokenizer.of_model(tmp_path, 152_064)
+    assert tokenizer.special_ids[tokenizer.names("<|bos|>")[-1]] == (128_001 if which == "Llama 3" else 151_645)
     assert {token: tokenizer.special_ids[token] for token in ids} == ids and tokenizer.vocab_size == 152_064
     tokenizer.save(tmp_path / "saved")
     check_chat(Tokenizer.load(tmp_path / "saved"), tmp_path / "saved")
@@ -343,6 +345,7 @@ def test_the_line_goes_on_from_it_and_gives_it_away_again(
     assert ids[0].tolist() == render_prompt(CHAT[:1], Tokenizer.load(tmp_path / "given"))
     if name == "qwen3":
         assert tokenizer.chat_template == CHATML
+        assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>")
         assert model.generation_config.eos_token_id[0] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     again = load_config("demo", {"init": {"source": str(tmp_path / "given")}})
     assert again.init.mid is False
