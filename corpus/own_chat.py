@@ -54,13 +54,16 @@ class OwnChat:
             raise NoFormatError(str(error)) from error
         if not prompt.startswith(asked):
             raise NoFormatError("what it writes before an answer is not what follows the question")
-        found = list(PLACE.finditer(whole))
-        ends = [re.search("|".join(map(re.escape, special)), whole[found[place].end() :]) for (place,) in places[1::2]]
+        found, any_token = list(PLACE.finditer(whole)), "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        ends = [re.search(any_token, whole[found[place].end() :]) for (place,) in places[1::2]]
         names_of_ends = {end[0] for end in ends if end is not None}
         if None in ends or len(names_of_ends) != 1:
             raise NoFormatError("no special token ends what the assistant says")
         chat = OwnChat(template, names, chat.today, prompt[len(asked) :], names_of_ends.pop())
-        chat._regions(whole, places, [role for role, _ in turns])
+        try:
+            chat._regions(whole, places, [role for role, _ in turns])
+        except UnusableError as error:
+            raise NoFormatError(str(error)) from error
         return chat
 
     def conversation(self, turns: Turns, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
