@@ -252,7 +252,8 @@ def load_config(
     source = checked.init.source
     values.setdefault("name", f"d{checked.model.depth}" if source is None else run_name(source))
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
-    values = _merge(values, _with_init(values, checked) if checked.init.source else _with_vocabulary(values, checked))
+    begun = _with_init(values, checked) if checked.init.source else {}
+    values = _merge(values, begun or _with_vocabulary(values, checked))
     values = _merge(values, {"data": {"digests": _digests(checked.data)}})
     of_corpus: dict[str, Any] = {}
     if not checked.init.source and not {*BUDGETS, "target_ratio"} & values.get("base", {}).keys():
@@ -266,7 +267,7 @@ def load_config(
             "or --set rl.environment=FILE.py"
         )
     try:
-        config = _validate(_merge(scaling.derive(_merge(checked.model_dump(), of_corpus), values), values))
+        config = _validate(_merge(scaling.derive(_merge(checked.model_dump(), of_corpus | begun), values), values))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.base.core_every and config.evaluate.data is None:

@@ -216,6 +216,16 @@ def test_what_the_model_settles_cannot_be_set(
         load_config("demo", {"init": {"source": str(theirs["qwen3"][0])}, **flags_})
 
 
+def test_a_run_is_laid_out_for_the_model_that_it_begins_from(theirs: dict[str, tuple[Path, Any]]) -> None:
+    config = load_config(None, {"init": {"source": str(theirs["llama"][0])}, "with_rl": True})
+    assert config.model.spec() == replace(read_spec(theirs["llama"][0]), vocab_size=config.model.vocab_size)
+    assert config.sft.total_batch_size == 32_768 and config.sft.device_batch_size == 32  # of 64 rows
+    assert config.sft.schedule == "cosine"
+    assert {getattr(config, stage).optimizer for stage in ("mid", "sft", "rl")} == {"adamw"}
+    set_by_hand = load_config(None, {"init": {"source": str(theirs["llama"][0])}}, ["sft.optimizer=muon"])
+    assert set_by_hand.sft.optimizer == "muon" and set_by_hand.rl.adamw_lr == 2e-5
+
+
 def test_a_plan_is_of_the_model_and_of_what_trains(
     theirs: dict[str, tuple[Path, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
