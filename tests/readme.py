@@ -81,7 +81,8 @@ def write_data(folder: Path) -> dict[str, Path]:
         problems = Arithmetic(2_000, seed=0).problems("train" if split == "train" else "test")
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(vars(p)) + "\n" for p in problems))
     checkpoint("qwen3", folder / "model")
-    own = {"MODEL": folder / "model", "BOOKS": folder / "books.parquet", "CHAT": folder / "chat.jsonl"} | {"PROBLEMS": folder}
+    own = {"BOOKS": folder / "books.parquet", "CHAT": folder / "chat.jsonl", "PROBLEMS": folder}
+    own |= {"MODEL": folder / "model"}
     shutil.copytree(folder, folder / "evaluation/gsm8k", ignore=shutil.ignore_patterns("evaluation", "model"))
     return own | {"EVALUATION": folder / "evaluation", "BUNDLE": make_bundle(folder / "bundle")}
 
