@@ -19,6 +19,7 @@ import numpy as np
 
 from corpus.chat_template import CALCULATORS
 from corpus.left_out import UnusableError
+from corpus.own_chat import OwnChat
 from corpus.tokenizers import Tokenizer
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -70,11 +71,13 @@ def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_len: int) -> 
     for role, parts in map(_checked, conversation["messages"]):
         if role == "assistant" and not any(part["text"].strip() for part in parts):
             raise UnusableError("empty_answer", "a message of the assistant is empty")
-    turns = _turns(conversation["messages"])
+    turns = _turns(conversation["messages"], tokenizer.own is not None)
     if not any(role == "assistant" for role, _ in turns):
         raise UnusableError("no_answer", "no message is of the assistant")
     for role, parts in turns:
         _check_calls([part["type"] for part in parts] if role == "assistant" else [])
+    if tokenizer.own is not None:
+        return _render_own(turns, tokenizer, tokenizer.own, max_len)
     ids, mask, kept = [tokenizer.bos], [0], 0
     for role, parts in turns:
         turn_ids, turn_mask = _render_turn(role, parts, tokenizer)
@@ -85,8 +88,28 @@ def render(conversation: dict[str, Any], tokenizer: Tokenizer, max_len: int) -> 
         if role == "assistant":
             kept = len(ids)
     if not kept:
-        raise UnusableError("too_long", f"the first exchange has more than {max_len} tokens")
+        raise _too_long(max_len)
     return np.array(ids[:kept], dtype=np.int64), np.array(mask[:kept], dtype=np.uint8)
+
+
+def _too_long(max_len: int) -> UnusableError:
+    return UnusableError("too_long", f"the first exchange has more than {max_len} tokens")
+
+
+def _render_own(
+    turns: list[tuple[str, list[dict[str, str]]]], tokenizer: Tokenizer, own: OwnChat, max_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`render` in a model's own format, in which a turn may be written otherwise where another follows: so it is
+    written anew without the exchanges that do not fit."""
+    for last in reversed([i for i, (role, _) in enumerate(turns) if role == "assistant"]):
+        ids, mask = own.conversation(_typed(turns[: last + 1]), tokenizer)
+        if len(ids) <= max_len:
+            return np.array(ids, dtype=np.int64), np.array(mask, dtype=np.uint8)
+    raise _too_long(max_len)
+
+
+def _typed(turns: list[tuple[str, list[dict[str, str]]]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    return [(role, list(_joined(parts))) for role, parts in turns]
 
 
 def _check_calls(kinds: list[str]) -> None:
@@ -109,25 +132,32 @@ def answers(conversation: dict[str, Any]) -> int:
 
 def render_prompt(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
     """Ids of the messages up to where the model writes on: after `<|assistant_start|>`, or after a tool's result."""
+    turns = _turns(messages, tokenizer.own is not None)
+    unfinished = messages[-1]["role"] == "tool"
+    if tokenizer.own is not None:
+        return tokenizer.own.prompt(_typed(turns), tokenizer, unfinished)
     ids = [tokenizer.bos]
-    for role, parts in _turns(messages):
+    for role, parts in turns:
         ids += _render_turn(role, parts, tokenizer)[0]
-    if messages and messages[-1]["role"] == "tool":
+    if unfinished:
         return ids[:-1]  # the turn is not over
     return [*ids, tokenizer.special("<|assistant_start|>")]
 
 
-def _turns(messages: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, str]]]]:
+def _turns(messages: list[dict[str, Any]], apart: bool = False) -> list[tuple[str, list[dict[str, str]]]]:
     """(role, parts) a turn of the user or the assistant.
 
-    A system message becomes the head of the user message after it, a tool's result a part of the assistant's turn.
+    A tool's result becomes a part of the assistant's turn, and a system message the head of the user message after it,
+    or `apart` a turn of its own.
     """
     turns: list[tuple[str, list[dict[str, str]]]] = []
     system, previous = "", ""
     for message in messages:
         role, parts = _checked(message)
         text = "".join(part["text"] for part in parts)
-        if role == "system":
+        if role == "system" and apart:
+            turns.append((role, [{"type": "text", "text": text}]))
+        elif role == "system":
             system += text + "\n\n"
         elif role == "user":
             turns.append((role, [{"type": "text", "text": system + text}]))

@@ -28,6 +28,7 @@ REASONS = {
     "not_text": "not text",
     "null": "null",
     "other_tool": "with a tool that is not the calculator",
+    "template": "that the model's chat template refuses",
     "too_long": "too long",
 }
 

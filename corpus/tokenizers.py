@@ -15,6 +15,8 @@ import shlex
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,10 +24,23 @@ from typing import Any, ClassVar
 import numpy as np
 import rustbpe
 import tiktoken
+from pydantic import TypeAdapter
 
 from corpus.chat_template import chat_template, escapes, unescapes
+from corpus.own_chat import CALL, CLOSE, OPEN, RESULT, NoFormatError, OwnChat
 from corpus.utf8 import valid
-from corpus.vocabularies import ENCODINGS, FILES, Ranks, TokenizerJson, byte_level, gpt4_pattern, parse_ranks, read
+from corpus.vocabularies import (
+    ENCODINGS,
+    FILES,
+    GPT2_FILES,
+    Ranks,
+    TokenizerJson,
+    byte_level,
+    gpt4_pattern,
+    parse_json,
+    parse_ranks,
+    read,
+)
 
 __all__ = [
     "ANSWER_ENDS",
@@ -80,7 +95,9 @@ NAMED, WRITTEN = 10, 1_000
 CONTROLS = {"\t": "TAB", "\n": "LINE FEED", "\r": "CARRIAGE RETURN"}  # to which Unicode gives no names but aliases
 
 META_FILE, RANKS_FILE, BYTES_FILE = "tokenizer_meta.json", "ranks.tiktoken", "token_bytes.npy"
-JSON_FILE = "tokenizer.json"
+JSON_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+
+Aliases = dict[str, list[str]]  # of ours, the special tokens that stand for it
 
 
 def named(character: str) -> str:
@@ -117,13 +134,16 @@ class Tokenizer(ABC):
     """Text to ids and back. `encode` never makes the id of a special token, and every id below `vocab_size` decodes.
 
     `token_bytes`, (vocab_size,) int32, is the UTF-8 bytes of each token; 0 for special ones, which stand for no text.
+    `added` are the ids that were not in what it was made of. Of a model that was made elsewhere, `aliases` says which
+    of its own special tokens stand for which of ours, and `own` is the chat format of its own, where it has one.
     """
 
     kind: ClassVar[str]
     alphabet = ""  # the only characters that it can write; of all but `chars` every text can be written
+    own: OwnChat | None = None
 
-    def __init__(self, special: dict[str, int], token_bytes: np.ndarray) -> None:
-        self._special = special
+    def __init__(self, special: dict[str, int], token_bytes: np.ndarray, aliases: Aliases | None = None) -> None:
+        self._special, self.aliases = special, aliases or {}
         self.token_bytes = token_bytes
 
     @staticmethod
@@ -153,12 +173,22 @@ class Tokenizer(ABC):
         return BytePairs.of(vocabulary) if isinstance(vocabulary, Ranks) else _FromJson.of(vocabulary, source)
 
     @staticmethod
+    def of_model(directory: Path, size: int, own_chat: bool = True) -> Tokenizer:
+        """The tokenizer of a model in a Hugging Face directory, or of one made here, at least as large as the model's
+        vocabulary `size`. Where the model has a chat template, and `own_chat`, that stays its format; else it learns
+        ours. Raises ValueError for a tokenizer or a template that cannot be used."""
+        if (directory / META_FILE).is_file():
+            return Tokenizer.load(directory)
+        return _of_model(directory, size, own_chat)
+
+    @staticmethod
     def load(directory: Path) -> Tokenizer:
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError when a file is damaged."""
         try:
             meta = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
             tokenizer = _KINDS[meta["kind"]].restore(directory, meta)
-            if lacks := set(SPECIAL_TOKENS) - tokenizer._special.keys():
+            known = tokenizer._special.keys() | tokenizer.aliases.keys()
+            if lacks := set(SPECIAL_TOKENS[:1] + ANSWER_ENDS if tokenizer.own else SPECIAL_TOKENS) - known:
                 raise ValueError(f"it lacks the token {min(lacks)}")
             return tokenizer
         except FileNotFoundError as error:
@@ -180,22 +210,28 @@ class Tokenizer(ABC):
         belong together: see `corpus.chat_template`.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        _write_json(directory / META_FILE, {"kind": self.kind, **self._state(directory)})
+        meta = {"kind": self.kind, **self._state(directory)}
+        _write_json(directory / META_FILE, meta | ({"aliases": self.aliases} if self.aliases else {}))
         np.save(directory / BYTES_FILE, self.token_bytes)
-        exported = json.dumps(_with_marks(self._fast(), self._special), ensure_ascii=False, separators=(",", ":"))
+        self._export(directory, eos, max_length)
+
+    def _export(self, directory: Path, eos: str, max_length: int | None) -> None:
+        """Writes what transformers reads."""
+        bos = self.names("<|bos|>")[0]
+        exported = json.dumps(_with_marks(self._fast(), self._special, bos), ensure_ascii=False, separators=(",", ":"))
         (directory / JSON_FILE).write_text(exported, encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|bos|>",
-            "eos_token": eos,
+            "bos_token": bos,
+            "eos_token": self.names(eos)[-1],
             "pad_token": PADDING,
             "padding_side": "left",  # as generating needs it
             "clean_up_tokenization_spaces": False,
         }
         if max_length is not None:
             config["model_max_length"] = max_length
-        _write_json(directory / "tokenizer_config.json", config)
-        (directory / "chat_template.jinja").write_text(chat_template(self._special), encoding="utf-8")
+        _write_json(directory / CONFIG_FILE, config)
+        (directory / TEMPLATE_FILE).write_text(chat_template(self._special), encoding="utf-8")
 
     @abstractmethod
     def _state(self, directory: Path) -> dict[str, Any]:
@@ -222,12 +258,36 @@ class Tokenizer(ABC):
     def vocab_size(self) -> int:
         return len(self.token_bytes)
 
+    def names(self, name: str) -> Sequence[str]:
+        """The special tokens that stand for ours of this name, the first of them before others."""
+        return self.aliases.get(name, (name,))
+
+    def ids(self, name: str) -> list[int]:
+        """Those of `names`."""
+        return [self._special[own] for own in self.names(name)]
+
     def special(self, name: str) -> int:
-        return self._special[name]
+        return self.ids(name)[0]
 
     @property
     def bos(self) -> int:
-        return self._special["<|bos|>"]
+        return self.special("<|bos|>")
+
+    @property
+    def padding(self) -> int:
+        own = self.own.names.get("pad_token") if self.own is not None else None
+        return self.special(PADDING) if own is None else self._special[own]
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """The id of every special token."""
+        return self._special
+
+    @cached_property
+    def special_or_place(self) -> re.Pattern[str]:
+        """Splits what `own` has rendered at special tokens and places, which are kept."""
+        names = sorted(self._special, key=len, reverse=True)
+        return re.compile(f"({OPEN}\\d+{CLOSE}|{'|'.join(map(re.escape, names))})")
 
 
 def check_size(vocab_size: int) -> None:
@@ -255,21 +315,23 @@ class BytePairs(Tokenizer):
 
     kind = "byte_pairs"
 
-    def __init__(self, vocabulary: Ranks, token_bytes: np.ndarray) -> None:
-        super().__init__(vocabulary.special, token_bytes)
+    def __init__(self, vocabulary: Ranks, token_bytes: np.ndarray, aliases: Aliases | None = None) -> None:
+        super().__init__(vocabulary.special, token_bytes, aliases)
         self._ranks, self._pattern = vocabulary.ranks, vocabulary.pattern
         self.encoding = tiktoken.Encoding(
             "fathom", pat_str=self._pattern, mergeable_ranks=self._ranks, special_tokens=self._special
         )
 
     @classmethod
-    def of(cls, vocabulary: Ranks) -> BytePairs:
-        """`vocabulary` with the chat's special tokens."""
-        special = _with_chat_tokens(vocabulary.special, vocabulary.size)
+    def of(cls, vocabulary: Ranks, aliases: Aliases | None = None, size: int = 0) -> BytePairs:
+        """`vocabulary` with the chat's special tokens but those that have `aliases`, and then as many without a use
+        that there are `size`."""
+        special = _with_chat_tokens(vocabulary.special, vocabulary.size, aliases)
+        special |= {f"<|reserved_{i}|>": i for i in range(len(vocabulary.ranks) + len(special), size)}
         sizes = np.zeros(len(vocabulary.ranks) + len(special), dtype=np.int32)
         for token, rank in vocabulary.ranks.items():
             sizes[rank] = len(token)
-        return cls(vocabulary._replace(special=special), sizes)
+        return cls(vocabulary._replace(special=special), sizes, aliases)
 
     @classmethod
     def restore(cls, directory: Path, meta: dict[str, Any]) -> BytePairs:
@@ -280,7 +342,7 @@ class BytePairs(Tokenizer):
         # one that matches nothing aborts tiktoken, one that matches little loses text, and others never end
         if meta["pattern"] not in PATTERNS:
             raise ValueError("its pattern is none that splits text here")
-        return cls(Ranks(ranks, meta["pattern"], special), sizes)
+        return cls(Ranks(ranks, meta["pattern"], special), sizes, _aliases_of(meta))
 
     def _state(self, directory: Path) -> dict[str, Any]:
         in_order = sorted(self._ranks, key=self._ranks.__getitem__)
@@ -329,23 +391,27 @@ class _FromJson(Tokenizer):
 
     kind = "tokenizer_json"
 
-    def __init__(self, fast: Any, special: dict[str, int], token_bytes: np.ndarray) -> None:
-        super().__init__(special, token_bytes)
+    def __init__(
+        self, fast: Any, special: dict[str, int], token_bytes: np.ndarray, aliases: Aliases | None = None
+    ) -> None:
+        super().__init__(special, token_bytes, aliases)
         fast.encode_special_tokens = True  # special tokens in text are text
         self._tokenizer = fast
 
     @classmethod
-    def of(cls, vocabulary: TokenizerJson, source: str) -> _FromJson:
-        """`vocabulary` with the chat's special tokens.
+    def of(cls, vocabulary: TokenizerJson, source: str, aliases: Aliases | None = None, size: int = 0) -> _FromJson:
+        """`vocabulary` with the chat's special tokens but those that have `aliases`, of `size` tokens at least.
 
         Raises ValueError where text could become a special token, or a chat's text something else in transformers.
         """
-        special = _with_chat_tokens(vocabulary.special, vocabulary.size)
-        fast = _add_special(_parse_json(vocabulary.text), _with_chat_tokens({}, vocabulary.size))
+        added = _with_chat_tokens({}, vocabulary.size, aliases)
+        special = vocabulary.special | added
+        fast = _add_special(_parse_json(vocabulary.text), added)
         for name, i in special.items():
             if (found := fast.token_to_id(name)) != i:
                 raise ValueError(f"tokenizer {source} cannot be used: its token {name} is {i} but loads as {found}")
-        tokenizer = cls(fast, special, np.pad(vocabulary.token_bytes, (0, len(SPECIAL_TOKENS))))
+        unused = max(len(added), size - vocabulary.size)
+        tokenizer = cls(fast, special, np.pad(vocabulary.token_bytes, (0, unused)), aliases)
         for name in special:
             if not set(special.values()).isdisjoint(tokenizer.encode(f"{name} a{name}a")):
                 raise ValueError(f"tokenizer {source} cannot be used: it reads its special token {name} from text")
@@ -359,7 +425,7 @@ class _FromJson(Tokenizer):
         These are special tokens of a single character, or that could begin in a message and end in what ends it, and
         white space that is a token where only the first piece of a text is given a space.
         """
-        exported = _parse_json(json.dumps(_with_marks(self._tokenizer, self._special)))
+        exported = _parse_json(json.dumps(_with_marks(self._tokenizer, self._special, self.names("<|bos|>")[0])))
         start, end = "<|user_start|>", "<|user_end|>"
         added = self._tokenizer.get_added_tokens_decoder().values()
         texts = [f"a{token.content}a{token.content}" for token in added]
@@ -378,9 +444,9 @@ class _FromJson(Tokenizer):
         exported = json.loads((directory / JSON_FILE).read_text(encoding="utf-8"))
         own = meta.get("own", {})  # before templates made marks, all of the export was
         fast, special, sizes = _parse_json(json.dumps(exported | own)), _special_of(meta), _load_sizes(directory)
-        if fast.get_vocab_size() != len(sizes) or any(fast.token_to_id(name) != i for name, i in special.items()):
+        if fast.get_vocab_size() > len(sizes) or any(fast.token_to_id(name) != i for name, i in special.items()):
             raise ValueError(f"{JSON_FILE} has other tokens than {META_FILE} and {BYTES_FILE}")
-        return cls(fast, special, sizes)
+        return cls(fast, special, sizes, _aliases_of(meta))
 
     def _state(self, directory: Path) -> dict[str, Any]:
         data = json.loads(self._tokenizer.to_str())
@@ -453,11 +519,157 @@ class _Characters(Tokenizer):
         return "".join(self._names[int(i)] for i in ids)
 
 
-_KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (BytePairs, _FromJson, _Characters)}
+class _OfModel(_FromJson):
+    """A model's own tokenizer.json, with the calculator's tokens, and its own chat format."""
+
+    kind = "own_chat"
+
+    def __init__(self, text: str, config: dict[str, Any], own: OwnChat, aliases: Aliases, size: int) -> None:
+        vocabulary = parse_json(text)
+        unused = max(0, size - vocabulary.size)
+        super().__init__(
+            _parse_json(vocabulary.text), vocabulary.special, np.pad(vocabulary.token_bytes, (0, unused)), aliases
+        )
+        self._text, self._config, self.own = text, config, own
+
+    @classmethod
+    def restore(cls, directory: Path, meta: dict[str, Any]) -> _OfModel:
+        text = (directory / JSON_FILE).read_text(encoding="utf-8")
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        return cls(
+            text,
+            config,
+            TypeAdapter(OwnChat).validate_python(meta["own"]),
+            _aliases_of(meta),
+            len(_load_sizes(directory)),
+        )
+
+    def _state(self, directory: Path) -> dict[str, Any]:
+        assert self.own is not None
+        return {"own": asdict(self.own)}
+
+    def _export(self, directory: Path, eos: str, max_length: int | None) -> None:
+        """As the model's maker had it, with the tokens that were added."""
+        assert self.own is not None
+        (directory / JSON_FILE).write_text(self._text, encoding="utf-8")
+        _write_json(directory / CONFIG_FILE, self._config)
+        if _configured_template(self._config) != self.own.template:
+            (directory / TEMPLATE_FILE).write_text(self.own.template, encoding="utf-8")
 
 
-def _with_chat_tokens(special: dict[str, int], size: int) -> dict[str, int]:
-    return special | {name: size + i for i, name in enumerate(SPECIAL_TOKENS)}
+_KINDS: dict[str, type[Tokenizer]] = {cls.kind: cls for cls in (BytePairs, _FromJson, _Characters, _OfModel)}
+
+
+def _of_model(directory: Path, size: int, own_chat: bool) -> Tokenizer:
+    """`Tokenizer.of_model` of a model that was made elsewhere."""
+    settings = {name: _read_object(directory / name) for name in (CONFIG_FILE, "config.json", "generation_config.json")}
+    config, known = settings[CONFIG_FILE], settings["config.json"]
+    vocabulary, text = _vocabulary_of(directory)
+    by_id = {i: name for name, i in vocabulary.special.items()}
+
+    def named(role: str) -> str | None:
+        """The special token of this role, such as bos."""
+        given = config.get(f"{role}_token")
+        given = given.get("content") if isinstance(given, dict) else given
+        ids = known.get(f"{role}_token_id")  # of eos there may be several
+        found = [by_id[i] for i in (ids if isinstance(ids, list) else [ids]) if i in by_id]
+        return given if given in vocabulary.special else next(iter(found), None)
+
+    bos, eos = named("bos"), named("eos")
+    ends = [name for name in dict.fromkeys((bos or eos, eos or bos)) if name is not None]
+    aliases: Aliases = {"<|bos|>": ends} if ends else {}
+    template = _template_of(directory, config) if own_chat else None
+    added = SPECIAL_TOKENS if template is None else [*CALL, *RESULT, *(["<|bos|>"] if not ends else [])]
+    if clash := set(added) & vocabulary.special.keys():
+        raise ValueError(f"the tokenizer in {directory} already has the token {min(clash)}, which is added here")
+    if template is None:
+        if isinstance(vocabulary, Ranks):
+            return BytePairs.of(vocabulary, aliases, size)
+        return _FromJson.of(vocabulary, str(directory), aliases, size)
+    data = json.loads(text or _as_json(vocabulary))
+    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    of_file = [{"id": vocabulary.size + i, "content": name, **flags} for i, name in enumerate(added)]
+    data["added_tokens"] += of_file
+    if "added_tokens_decoder" in config:  # which transformers heeds too
+        config["added_tokens_decoder"] |= {str(t["id"]): {k: t[k] for k in t if k != "id"} for t in of_file}
+    config.pop("auto_map", None)  # code that is not taken along
+    if named("pad") is None:
+        config["pad_token"] = PADDING
+    names = {f"{role}_token": name for role in ("bos", "eos", "pad", "unk") if (name := named(role)) is not None}
+    try:
+        own = OwnChat.of(template, names, [*vocabulary.special, *added])
+    except NoFormatError as error:
+        raise ValueError(
+            f"the chat template in {directory} cannot be followed ({error}): take our format in its place with "
+            "--set init.own_chat=false"
+        ) from error
+    stops = settings["generation_config.json"].get("eos_token_id")
+    stops = [by_id[i] for i in (stops if isinstance(stops, list) else [stops]) if i in by_id]
+    aliases[ANSWER_ENDS[0]] = [*dict.fromkeys([own.end, *stops])]
+    return _OfModel(json.dumps(data, ensure_ascii=False), config, own, aliases, size)
+
+
+def _as_json(vocabulary: Ranks | TokenizerJson) -> str:
+    """The tokenizer.json of a vocabulary that was no such file."""
+    if isinstance(vocabulary, TokenizerJson):
+        return vocabulary.text
+    text: str = BytePairs(vocabulary, np.zeros(vocabulary.size, dtype=np.int32))._fast().to_str()
+    return text
+
+
+def _vocabulary_of(directory: Path) -> tuple[Ranks | TokenizerJson, str]:
+    """A model's vocabulary, and its tokenizer.json as it was, where it is that."""
+    path = directory / JSON_FILE
+    if path.is_file():
+        return read(str(path)), path.read_text(encoding="utf-8")
+    others = [directory / "tokenizer.model", directory / "original" / "tokenizer.model", *directory.glob("*.tiktoken")]
+    place = next((path for path in others if path.is_file()), directory)
+    if place != directory or (directory / GPT2_FILES[0]).is_file():
+        return read(str(place)), ""
+    from transformers import AutoTokenizer  # which knows how the text of vocab.json and merges.txt is split
+
+    try:
+        text = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer.to_str()
+        return parse_json(text), text
+    except Exception as error:  # of every kind, for files that are not what transformers takes them for
+        raise ValueError(
+            f"{directory} has no tokenizer that can be used ({' '.join(str(error).split())}): put tokenizer.json and "
+            "tokenizer_config.json of the model beside its weights"
+        ) from error
+
+
+def _template_of(directory: Path, config: dict[str, Any]) -> str | None:
+    """The chat template of a model."""
+    path = directory / TEMPLATE_FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else _configured_template(config)
+
+
+def _configured_template(config: dict[str, Any]) -> str | None:
+    """That of tokenizer_config.json, the default one where there are several."""
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object; get it again")
+    return found
+
+
+def _with_chat_tokens(special: dict[str, int], size: int, aliases: Aliases | None = None) -> dict[str, int]:
+    names = [name for name in SPECIAL_TOKENS if name not in (aliases or {})]
+    return special | {name: size + i for i, name in enumerate(names)}
 
 
 def _add_special(fast: Any, special: dict[str, int]) -> Any:
@@ -469,7 +681,7 @@ def _add_special(fast: Any, special: dict[str, int]) -> Any:
     return fast
 
 
-def _with_marks(fast: Any, special: dict[str, int]) -> dict[str, Any]:
+def _with_marks(fast: Any, special: dict[str, int], bos: str) -> dict[str, Any]:
     """The tokenizer.json of `fast`, reading chats: each message by itself, the template's marks taken out of it.
 
     Special tokens are cut out of a text before it is normalized, so what the marks part is never one. A text by itself
@@ -486,7 +698,6 @@ def _with_marks(fast: Any, special: dict[str, int]) -> dict[str, Any]:
     for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         if step.get("prepend_scheme") == "first":  # the first of a whole chat; each message is a first one here
             step["prepend_scheme"] = "always"
-    bos = "<|bos|>"
     texts = [[{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": "AB"[i], "type_id": i}}] for i in (0, 1)]
     data["post_processor"] = {
         "type": "TemplateProcessing",
@@ -529,6 +740,13 @@ def _load_sizes(directory: Path) -> np.ndarray:
     if sizes.dtype != np.int32 or sizes.ndim != 1 or sizes.min(initial=0) < 0:
         raise ValueError(f"{BYTES_FILE} does not hold a number of bytes for each token")
     return sizes
+
+
+def _aliases_of(meta: dict[str, Any]) -> Aliases:
+    aliases = meta.get("aliases", {})
+    if type(aliases) is not dict or any(type(names) is not list or not names for names in aliases.values()):
+        raise ValueError("what stands for its special tokens is no names")
+    return aliases
 
 
 def _special_of(meta: dict[str, Any]) -> dict[str, int]:

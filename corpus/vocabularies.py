@@ -113,7 +113,7 @@ def read(source: str) -> Ranks | TokenizerJson:
     data = path.read_bytes()
     try:
         if data.lstrip().startswith(b"{"):
-            return _tokenizer_json(json.loads(data))
+            return parse_json(data)
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
             return _tiktoken(data)
         return _sentencepiece(data)
@@ -182,6 +182,11 @@ def _gpt2(folder: Path) -> Ranks:
     if not same or len(ranks) != FILES["gpt2"].ranks:
         raise ValueError(f"encoder.json and vocab.bpe in {folder} are not GPT-2's: {len(ranks):,} tokens do not fit")
     return FILES["gpt2"].with_ranks(ranks)
+
+
+def parse_json(text: str | bytes) -> TokenizerJson:
+    """A tokenizer.json. Raises ValueError, KeyError, TypeError or AttributeError for what is no such thing."""
+    return _tokenizer_json(json.loads(text))
 
 
 def _tokenizer_json(data: dict[str, Any]) -> TokenizerJson:

@@ -21,7 +21,7 @@ class GPT2(LanguageModel):
         norm = partial(nn.LayerNorm, spec.width, eps=spec.norm_eps, bias=spec.biases)
         gelu = partial(F.gelu, approximate="tanh")
         super().__init__(spec, (Block(Attention(spec), MLP(spec, gelu), norm) for _ in range(spec.layers)), norm())
-        self.model.embed_positions = nn.Embedding(spec.sequence_len, spec.width)
+        self.model.embed_positions = nn.Embedding(spec.places, spec.width)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         x: Tensor = super().embed(ids, positions) + self.model.embed_positions(positions)

@@ -43,6 +43,8 @@ COMPUTED: dict[str, dict[str, tuple[object, ...]]] = {
     "llama": {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
     "qwen3": {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
 }
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of Llama 3.1
+CONTEXT = "fathom_sequence_len"  # of a model that is trained on shorter texts than it has positions for
 PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # buffers that older files hold
 
@@ -60,14 +62,16 @@ def hf_config(spec: ModelSpec, bos: int, eos: int, pad: int) -> dict[str, Any]:
         "eos_token_id": eos,
         "pad_token_id": pad,
     }
+    if spec.positions:
+        config[CONTEXT] = spec.sequence_len
     if spec.family == "gpt2":
         return config | {
             "n_embd": spec.width,
             "n_inner": spec.ffn_width,
             "n_layer": spec.layers,
             "n_head": spec.heads,
-            "n_positions": spec.sequence_len,
-            "n_ctx": spec.sequence_len,  # llama.cpp's name for it
+            "n_positions": spec.places,
+            "n_ctx": spec.places,  # llama.cpp's name for it
             "activation_function": "gelu_new",
             "layer_norm_epsilon": spec.norm_eps,
             "resid_pdrop": 0.0,
@@ -75,15 +79,18 @@ def hf_config(spec: ModelSpec, bos: int, eos: int, pad: int) -> dict[str, Any]:
             "attn_pdrop": 0.0,
             "fathom_biases": spec.biases,  # transformers' class always has them, at zero where the model has none
         }
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": spec.rope_base}
+    if spec.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **dict(zip(ROPE_SCALING, spec.rope_scaling, strict=True))}
     config |= {
         "hidden_size": spec.width,
         "intermediate_size": spec.ffn_width,
         "num_hidden_layers": spec.layers,
         "num_attention_heads": spec.heads,
         "num_key_value_heads": spec.kv_heads,
-        "max_position_embeddings": spec.sequence_len,
+        "max_position_embeddings": spec.places,
         "rms_norm_eps": spec.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_base},
+        "rope_parameters": rope,
         "rope_theta": spec.rope_base,  # its place before transformers 5
         "attention_bias": False,
     }
@@ -138,14 +145,17 @@ def _spec(path: Path) -> ModelSpec:
             kv_heads=c.n_head,
             ffn_width=c.n_inner or 4 * c.n_embd,
             vocab_size=c.vocab_size,
-            sequence_len=c.n_positions,
+            sequence_len=getattr(c, CONTEXT, c.n_positions),
+            positions=c.n_positions,
             norm_eps=c.layer_norm_epsilon,
             tied=c.tie_word_embeddings,
             biases=getattr(c, "fathom_biases", True),
         )
     rope = c.rope_parameters
-    if rope["rope_type"] != "default":
-        raise refuse("rope_parameters.rope_type", rope["rope_type"], "'default'")
+    kinds = ("default",) if family == "depth" else ("default", "llama3")
+    if rope["rope_type"] not in kinds:
+        raise refuse("rope_parameters.rope_type", rope["rope_type"], " or ".join(map(repr, kinds)))
+    scaled = rope["rope_type"] == "llama3"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise refuse("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
     return ModelSpec(
@@ -156,12 +166,14 @@ def _spec(path: Path) -> ModelSpec:
         kv_heads=c.num_key_value_heads,
         ffn_width=c.intermediate_size,
         vocab_size=c.vocab_size,
-        sequence_len=c.max_position_embeddings,
+        sequence_len=getattr(c, CONTEXT, c.max_position_embeddings),
+        positions=c.max_position_embeddings,
         rope_base=float(rope["rope_theta"]),
         softcap=c.final_logit_softcapping or 0.0 if family == "depth" else 0.0,
         norm_eps=c.rms_norm_eps,
         tied=c.tie_word_embeddings,
         head_dim=getattr(c, "head_dim", None) or 0,
+        rope_scaling=tuple(rope[key] for key in ROPE_SCALING) if scaled else None,
     )
 
 
@@ -311,6 +323,26 @@ def from_pretrained(directory: Path, dtype: torch.dtype = torch.float32, device:
         load_hf_state(model, _read(directory))
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
+    return model
+
+
+@torch.no_grad()
+def grown(directory: Path, spec: ModelSpec, added: Sequence[int]) -> LanguageModel:
+    """The model saved in `directory` as one of this `spec`, which may have a larger vocabulary or a shorter context, in
+    fp32 on the CPU. In embedding and head the rows of the tokens `added`, and all that there were none of, are the mean
+    of the others, which leaves what the model says of the others nearly as it was (Hewitt, "Initializing New Word
+    Embeddings for Pretrained Language Models", 2021)."""
+    theirs, model = read_spec(directory), build(spec)
+    new = torch.zeros(spec.padded_vocab, dtype=torch.bool)
+    new[[*added]] = True
+    new[theirs.vocab_size :] = True
+    weights = dict(_stored(directory, build(theirs, "meta")))
+    for name, p in model.named_parameters():
+        weight = weights[name]
+        p[: len(weight)].copy_(weight)
+        if name in PADDED:
+            p[new] = p[~new].mean(0)
+            p[spec.vocab_size :] = 0.0
     return model
 
 

@@ -23,10 +23,20 @@ T = TypeVar("T")
 Rows = TypeVar("Rows", Tensor, Tensor | None)
 
 
-def rope_tables(head_dim: int, base: float, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary embedding (arXiv 2104.09864), each (positions, head_dim/2), fp32."""
+def rope_tables(
+    head_dim: int, base: float, positions: int, scaling: tuple[float, float, float, float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary embedding (arXiv 2104.09864), each (positions, head_dim/2), fp32.
+
+    Under Llama 3.1's `scaling` (factor, low, high, before) a pair that turns round less than `low` times in `before`
+    tokens is slowed down by `factor`, one that turns more than `high` times is left, and between the two it is a mean.
+    """
     places = partial(torch.arange, dtype=torch.float32, device="cpu")  # also where weights are on the meta device
     inv_freq = base ** -(places(0, head_dim, 2) / head_dim)
+    if scaling is not None:
+        factor, low, high, before = scaling
+        kept = ((before * inv_freq / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
+        inv_freq = kept * inv_freq + (1 - kept) * inv_freq / factor
     angles = torch.outer(places(positions), inv_freq)
     return angles.cos(), angles.sin()
 

@@ -52,4 +52,5 @@ class Llama(LanguageModel):
         norm = partial(RMSNorm, spec.width, eps=spec.norm_eps)
         attend = QKNormAttention if spec.family == "qwen3" else RotaryAttention
         blocks = (Block(attend(spec), SwiGLU(spec), norm) for _ in range(spec.layers))
-        super().__init__(spec, blocks, norm(), rope_tables(spec.head_dim, spec.rope_base, spec.sequence_len))
+        tables = rope_tables(spec.head_dim, spec.rope_base, spec.sequence_len, spec.rope_scaling)
+        super().__init__(spec, blocks, norm(), tables)

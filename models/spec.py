@@ -16,7 +16,9 @@ class ModelSpec:
 
     `width` is the residual width, `ffn_width` the hidden width of the MLP, `sequence_len` the longest training context
     in tokens, `softcap` the bound on logits (0 for none), `tied` says that the output head is the token embedding,
-    `biases` that linear layers and norms have one, `head_dim` is the size of a head (0 for width / heads).
+    `biases` that linear layers and norms have one, `head_dim` is the size of a head (0 for width / heads), `positions`
+    how many tokens of a text the model can place where that is more than `sequence_len` (else 0), `rope_scaling` that
+    of Llama 3.1 for long texts: (factor, low_freq_factor, high_freq_factor, positions before).
     """
 
     family: Family
@@ -33,11 +35,17 @@ class ModelSpec:
     tied: bool = False
     biases: bool = False
     head_dim: int = 0
+    positions: int = 0
+    rope_scaling: tuple[float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "kv_heads", "ffn_width", "vocab_size", "sequence_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.positions == self.sequence_len:
+            object.__setattr__(self, "positions", 0)
+        if self.sequence_len > self.places:
+            raise ValueError(f"sequence_len {self.sequence_len} is more than the model's {self.positions} positions")
         if not self.head_dim:
             if self.width % self.heads:
                 raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
@@ -92,6 +100,11 @@ class ModelSpec:
         )
 
     @property
+    def places(self) -> int:
+        """How many tokens of a text the model can place."""
+        return self.positions or self.sequence_len
+
+    @property
     def padded_vocab(self) -> int:
         """Rows of the embedding and the head as they lie in memory: tensor cores want multiples of 64."""
         return _round_up(self.vocab_size, 64)
@@ -120,7 +133,7 @@ class ModelSpec:
             return norms
         # query, key, value, output and second MLP biases are width wide, the first MLP bias ffn_width
         biases = norms + self.layers * (5 * self.width + self.ffn_width) if self.biases else 0
-        return norms + biases + self.sequence_len * self.width
+        return norms + biases + self.places * self.width
 
     @property
     def parameters(self) -> int:

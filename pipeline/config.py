@@ -6,6 +6,7 @@ Imports neither torch nor ray, so that planning and mistakes answer at once.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import os
 import re
@@ -31,6 +32,7 @@ from stages.config import (
     DataConfig,
     EvaluateConfig,
     IngestConfig,
+    InitConfig,
     ModelConfig,
     RLConfig,
     Section,
@@ -84,6 +86,7 @@ class Config(Section):
     storage: str = environment("./runs", "directory, s3:// or gs:// URI that holds the runs")
     shared_storage: bool = environment(False, "the directory of storage is one that all nodes of the cluster share")
     seed: int = Field(0, ge=0, description="seed of data order, initial weights and sampling")
+    init: InitConfig = InitConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -114,6 +117,8 @@ def stage_names(config: Config) -> list[str]:
     """The stages of a run in order, each evaluation after what it measures; without conversations a run only
     pretrains."""
     left_out = set() if config.with_rl else {"rl", "evaluate_rl"}
+    if config.init.source is not None:
+        left_out |= {"ingest", "evaluate_base", *(() if config.init.mid else ("mid", "evaluate_mid"))}
     if not (config.data.mid or config.data.sft):
         left_out |= {*STAGE_NAMES[STAGE_NAMES.index("conversations") :]}
     return [name for name in STAGE_NAMES if name not in left_out]
@@ -170,6 +175,9 @@ def identity_of(stage: str, config: Config) -> dict[str, Any]:
     if measures_text(stage, config):
         return {"evaluate": {name: getattr(config.evaluate, name) for name in ("tasks", "data", "limit")}}
     identity: dict[str, Any] = {"seed": config.seed}
+    if config.init.source is not None and stage in ("tokenizer", "base"):
+        length = {"model": {"sequence_len": config.model.sequence_len}} if stage == "base" else {}
+        return {"init": config.init.identity(), **length}
     if stage == "tokenizer":
         if not config.tokenizer.learned:
             return {"tokenizer": config.tokenizer.identity()}
@@ -241,12 +249,14 @@ def load_config(
         values["preset"] = preset if ours else absolute(preset)
         values.setdefault("name", preset if ours else Path(preset).stem)
     checked = _validate(values)
-    values.setdefault("name", f"d{checked.model.depth}")
+    source = checked.init.source
+    values.setdefault("name", f"d{checked.model.depth}" if source is None else run_name(source))
     values["storage"] = Storage(checked.storage if "storage" in values else default_storage()).uri
-    values = _merge(values, _with_vocabulary(values, checked))
+    begun = _with_init(values, checked) if checked.init.source else {}
+    values = _merge(values, begun or _with_vocabulary(values, checked))
     values = _merge(values, {"data": {"digests": _digests(checked.data)}})
     of_corpus: dict[str, Any] = {}
-    if not {*BUDGETS, "target_ratio"} & values.get("base", {}).keys():
+    if not checked.init.source and not {*BUDGETS, "target_ratio"} & values.get("base", {}).keys():
         held = characters or measured(checked.data.corpus, shards=checked.data.shards)
         of_corpus = {"data": {"characters": held and round(held)}}
     if checked.with_rl and not (checked.data.mid or checked.data.sft):
@@ -257,7 +267,7 @@ def load_config(
             "or --set rl.environment=FILE.py"
         )
     try:
-        config = _validate(_merge(scaling.derive(_merge(checked.model_dump(), of_corpus), values), values))
+        config = _validate(_merge(scaling.derive(_merge(checked.model_dump(), of_corpus | begun), values), values))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.base.core_every and config.evaluate.data is None:
@@ -351,6 +361,38 @@ def _with_environment(values: dict[str, Any]) -> dict[str, Any]:
         return _merge(values, {"rl": {"environment": EnvironmentFile.read(path).model_dump()}})
     except ValueError as error:
         raise ConfigError(f"rl.environment = {path!r}: {error}") from error
+
+
+def run_name(source: str) -> str:
+    """What a run is called that begins from this model, such as hub:Qwen/Qwen3-0.6B."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", source.rstrip("/").rpartition("/")[2]).lstrip("._-") or "run"
+
+
+def _with_init(values: dict[str, Any], checked: Config) -> dict[str, Any]:
+    """What the model that --init names settles: its shape, the size of its vocabulary, and whether mid is left out. Of
+    all that the model could be told, only how long its texts are is left to the user."""
+    if budgets := set(BUDGETS) & values.get("base", {}).keys():
+        raise ConfigError(
+            f"base.{min(budgets)} is how long base trains, and with --init nothing is pretrained: leave it out"
+        )
+    given = {name for name in values.get("model", {}) if name != "sequence_len"}
+    if given or values.get("tokenizer"):
+        key = f"model.{min(given)}" if given else "tokenizer"
+        raise ConfigError(f"--init names a model, which has its own {key}: leave out what sets it")
+    from stages.begin import look  # and with it torch, which nothing else here needs
+
+    source = absolute(str(checked.init.source))
+    try:
+        found = look(checked.init.model_copy(update={"source": source}))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--init {checked.init.source}: {error}") from error
+    length = values.get("model", {}).get("sequence_len", min(checked.model.sequence_len, found.spec.places))
+    if length > found.spec.places:
+        raise ConfigError(f"model.sequence_len = {length}: the model can place {found.spec.places} tokens")
+    mid = checked.init.mid if checked.init.mid is not None else not found.chats
+    init = {"source": source, "mid": mid, "digest": found.digest, "revision": found.revision}
+    shape = {"family": found.spec.family, "vocab_size": found.spec.vocab_size, "sequence_len": length}
+    return {"init": init, "model": shape | {"found": dataclasses.asdict(found.spec)}}
 
 
 def _with_vocabulary(values: dict[str, Any], checked: Config) -> dict[str, Any]:
@@ -456,6 +498,10 @@ def _giving_way(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     if wrong := [name for name in ("base", "model") if not isinstance(preset.get(name, {}), dict)]:
         raise ConfigError(f"the preset's {wrong[0]} = {preset[wrong[0]]!r} must be a table, [{wrong[0]}]")
     base, tokenizer, model = given.get("base"), given.get("tokenizer"), given.get("model")
+    init = given.get("init")
+    if isinstance(init, dict) and "source" in init:  # a model that exists has all that a preset says of these
+        length = {k: v for k, v in preset.get("model", {}).items() if k == "sequence_len"}
+        preset = {k: v for k, v in preset.items() if k not in ("tokenizer", "base")} | {"model": length}
     if isinstance(base, dict) and set(BUDGETS) & base.keys():
         preset = preset | {"base": {k: v for k, v in preset.get("base", {}).items() if k not in BUDGETS}}
     if isinstance(tokenizer, dict) and tokenizer.get("source", "bpe") != "bpe":
@@ -575,6 +621,11 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="how deep the model is, in layers; its width, tokens and batch size follow from this one number",
     )
+    parser.add_argument(
+        "--init",
+        metavar="DIR|hub:REPO",
+        help="begin from this model (GPT-2, Llama, Qwen3 or an export), in place of tokenizer and base",
+    )
     parser.add_argument("--family", choices=get_args(Family), help="architecture (default depth, which is nanochat's)")
     parser.add_argument("--hours", type=float, help="train base for this long, the decay ending with it")
     parser.add_argument("--budget-usd", type=float, help="train base for this much, with --usd-per-worker-hour")
@@ -630,6 +681,7 @@ def config_from_args(args: argparse.Namespace, characters: int | None = None) ->
     paths = {flag: (flag,) for flag in ("name", "storage", "shared_storage", "workers", "with_rl")}
     sections = {flag: ("data", flag) for flag in ("corpus", "shards", "chat", "gsm8k")} | {
         "tokenizer": ("tokenizer", "source"),
+        "init": ("init", "source"),
         "depth": ("model", "depth"),
         "family": ("model", "family"),
         "evals": ("evaluate", "tasks"),

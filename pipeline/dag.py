@@ -59,6 +59,10 @@ def reads(name: str, config: Config) -> tuple[str, ...]:
     source = name.removeprefix("evaluate_")
     if source != "base" and measures_text(name, config):
         return ("tokenizer", f"conversations:{source}", source)
+    if config.init.source is not None and name == "base":
+        return ("tokenizer",)
+    if config.init.source is not None and name == "sft" and not config.init.mid:
+        return ("tokenizer", "base", "conversations:sft")
     return UPSTREAM[name]
 
 
@@ -246,7 +250,14 @@ def run_stage(name: str, config: Config, devices: Devices, token: str, *waits_fo
 def execute(context: StageContext, config: Config, devices: Devices) -> None:
     """Calls the stage's own function. Imports are late: a process loads what its stage needs."""
     name = context.stage
-    if name == "tokenizer":
+    if config.init.source is not None and name in ("tokenizer", "base"):
+        from stages import begin
+
+        if name == "tokenizer":
+            begin.make_tokenizer(context, config.init)
+        else:
+            begin.make_base(context, config.init, config.model.sequence_len)
+    elif name == "tokenizer":
         from stages import tokenizer
 
         bytes_, vocab = config.ingest.shard_bytes, config.model.vocab_size

@@ -25,6 +25,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from cluster.hub import HUB
 from cluster.scratch import scratch
 from cluster.storage import sync_folder
 from corpus.sources import CORPORA, is_named
@@ -123,11 +124,13 @@ def _until(config: Config, last: int) -> Config:
     def named(place: str) -> str:
         return place if is_named(place) else place.rstrip("/").rpartition("/")[2]
 
-    read: dict[str, Any] = {"corpus": named(config.data.corpus)}
+    init, read = config.init, dict[str, Any](corpus=named(config.data.corpus))
+    if init.source is not None:
+        init = init.model_copy(update={"source": named(init.source)})
     for stage, parts in (("mid", config.data.mid), ("sft", config.data.sft)):
         there = parts if STAGE_NAMES.index(stage) <= last else {}
         read[stage] = {name: part.model_copy(update={"source": named(part.source)}) for name, part in there.items()}
-    return config.model_copy(update={"data": config.data.model_copy(update=read)})
+    return config.model_copy(update={"init": init, "data": config.data.model_copy(update=read)})
 
 
 def card(name: str, spec: ModelSpec, dtype: str, run: RunFacts, licence: str | None, place: str) -> str:
@@ -138,6 +141,9 @@ def card(name: str, spec: ModelSpec, dtype: str, run: RunFacts, licence: str | N
         head["license"] = licence
     if datasets := _datasets(run.config):
         head["datasets"] = datasets
+    begun = run.config.init.source if run.config else None
+    if begun is not None and begun.startswith(HUB):
+        head["base_model"] = begun.removeprefix(HUB)
     what = "goes on with text" if base else "answers in chats, and calls a calculator"
     unlicensed = "" if licence else " Who made it has named no licence for it."
     sections = [
@@ -162,7 +168,7 @@ def _datasets(config: Config | None) -> list[str]:
     if config is None:
         return []
     parts = [*config.data.mid.values(), *config.data.sft.values()]
-    places = [config.data.corpus, *(part.source for part in parts)]
+    places = [part.source for part in parts] + ([config.data.corpus] if config.init.source is None else [])
     named = [f"hub:{CORPORA[place].hub}" if place in CORPORA else place for place in places]
     return sorted({re.split("[:@]", place)[1] for place in named if place.startswith("hub:")})
 

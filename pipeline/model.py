@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from cluster import hub
 from cluster import manifest as manifests
 from cluster.manifest import Manifest
 from cluster.scratch import cache_folder, scratch
@@ -34,7 +35,7 @@ class Model:
 
 def find(what: str, storage: str) -> Model:
     """The model that WHAT names. Raises FileNotFoundError or ValueError."""
-    if what.startswith("hub:"):
+    if what.startswith(hub.HUB):
         return _of_hub(what)
     if not is_run(what):
         return _of_directory(what, Path(what).expanduser().resolve())
@@ -59,7 +60,7 @@ def find(what: str, storage: str) -> Model:
 
 
 def is_run(what: str) -> bool:
-    return not what.startswith("hub:") and "/" not in what
+    return not what.startswith(hub.HUB) and "/" not in what
 
 
 def _of_directory(name: str, directory: Path) -> Model:
@@ -74,24 +75,8 @@ def _of_directory(name: str, directory: Path) -> Model:
 
 
 def _of_hub(what: str) -> Model:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.npy"]
-    download = partial(snapshot_download, what.removeprefix("hub:"), allow_patterns=patterns)
-    commit = _download(what, download).name  # the folder is named after it, and every machine takes the same
-    return Model(what, partial(_download, what, partial(download, revision=commit)), commit)
-
-
-def _download(what: str, download: Callable[[], str]) -> Path:
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        return Path(download())
-    except (OSError, ValueError, HTTPError) as error:
-        raise ValueError(
-            f"{what} cannot be downloaded: {' '.join(str(error).split())}; check the name (hub:OWNER/NAME) and the "
-            "network, set HF_TOKEN for a gated model, or give its directory instead"
-        ) from error
+    commit = hub.fetch(what).name  # every machine takes the same
+    return Model(what, partial(hub.fetch, what, commit), commit)
 
 
 def _of_checkpoint(what: str, store: RunStore, stage: str, step: str) -> Model:

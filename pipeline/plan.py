@@ -99,7 +99,11 @@ def plan(
     Raises ValueError for workers, prices and shares that cannot be.
     """
     check(usd_per_gpu_hour, mfu)
-    spec, base = config.model.spec(), config.base
+    spec, first = config.model.spec(), first_trained(config)
+    if first != "base":  # whose layout is chosen in base's place
+        train = getattr(config, first)
+        config = config.model_copy(update={"base": BaseConfig(**train.model_dump(exclude={"epochs"}))})
+    base = config.base
     assert base.total_batch_size is not None
     world = config.workers[1]
     if gpus and gpus.hardware and world > gpus.count:
@@ -116,16 +120,17 @@ def plan(
     achieved = rate(spec, gpus, base.precision, layout.compiled, mfu, calibration) if gpus else None
     speed = achieved.tokens_per_second(spec, layout) if achieved else None
     peak = gpus.hardware.bf16_flops if gpus and gpus.hardware else None
-    steps, tokens, base_seconds = _base(base, spec, config.workers[0], speed)
+    nothing = None, None, None
+    steps, tokens, base_seconds = _base(base, spec, config.workers[0], speed) if first == "base" else nothing
     price = usd_per_gpu_hour if usd_per_gpu_hour is not None else base.usd_per_worker_hour
     devices = gpus.count if gpus else world
     available = _available(gpus, layout)
     fits = used.total <= available if available is not None else None
     if fits is False:
         warnings.append(_too_small(spec, layout, used, available or 0.0, gpus))
-    settings, memory_stage = _to_set(config, layout), "base"
-    speeds = {}
-    for stage in [s for s in ("mid", "sft") if getattr(config.data, s)] + (["rl"] if config.with_rl else []):
+    settings, memory_stage = _to_set(config, layout, first), first
+    speeds = {} if first == "base" else {first: speed}
+    for stage in (stage for stage in _tuning_stages(config) if stage != first):
         tuned, need, changes = _tuned(config, stage, spec, layout, gpus, fixed)
         settings += changes
         if available is not None and need.total > available:
@@ -271,12 +276,22 @@ def _layout(
     return *least, "nothing fits: this is what needs the least memory"
 
 
-def _to_set(config: Config, layout: Layout) -> list[str]:
+def first_trained(config: Config) -> str:
+    """The first stage that trains: base, unless the run begins from a model that exists."""
+    return "base" if config.init.source is None else next(iter(_tuning_stages(config)), "sft")
+
+
+def _tuning_stages(config: Config) -> list[str]:
+    there = stage_names(config)
+    return [s for s in ("mid", "sft", "rl") if s in there and (s == "rl" or getattr(config.data, s))]
+
+
+def _to_set(config: Config, layout: Layout, stage: str) -> list[str]:
     """KEY=VALUE for --set, so that the run is laid out as planned."""
     changed = {name: getattr(layout, name) for name in CHOSEN if getattr(layout, name) != getattr(config.base, name)}
     if layout.world == 1:
         changed.pop("parallel", None)
-    return [f"base.{name}={value}" for name, value in changed.items()]
+    return [f"{stage}.{name}={value}" for name, value in changed.items()]
 
 
 def _tuned(
@@ -343,7 +358,7 @@ def _kept(config: Config, fixed: Collection[str]) -> set[str]:
     base = config.base
     kept = set(fixed)
     if config.preset:
-        kept |= set(preset_values(config.preset).get("base", {}))
+        kept |= set(preset_values(config.preset).get(first_trained(config), {}))
     defaults = {name: BaseConfig.model_fields[name].default for name in ("parallel", "checkpointing")}
     kept |= {name for name, default in defaults.items() if getattr(base, name) != default}
     # scaling's own choice for the workers of the configuration is none of the user's
@@ -435,7 +450,8 @@ def _hours(
             for n in (1, ask.samples)
         ]
         once = sum(seconds for seconds in both if seconds is not None)
-        hours["evaluate"] = once * (3 if config.with_rl else 2) / SECONDS if None not in both else None
+        times = len(set(_tuning_stages(config)) | ({"mid"} if config.init.source is None else set()))
+        hours["evaluate"] = once * times / SECONDS if None not in both else None
         if None in both:
             unknown.append("evaluate")
     if config.with_rl:
@@ -734,7 +750,8 @@ def plan_from_args(args: argparse.Namespace) -> dict[str, Any]:
     if gpus is None and (args.mfu is not None or args.calibrate):
         raise ConfigError("--mfu and --calibrate are of devices: add --gpus, such as 8xH100")
     calibration = read_calibration(args.calibrate, gpus) if args.calibrate and gpus else None
-    fixed = {text.partition("=")[0].strip().removeprefix("base.") for text in args.set if text.startswith("base.")}
+    first = f"{first_trained(config)}."
+    fixed = {text.partition("=")[0].strip().removeprefix(first) for text in args.set if text.startswith(first)}
     numbers = plan(config, gpus, price, args.mfu, calibration, args.law, fixed)
     chosen = select(stage_names(config), args.only, args.first, args.until, ())
     check_mixtures(config, chosen)

@@ -78,9 +78,10 @@ def check_text(config: Config) -> None:
 def _inputs(config: Config, stages: Collection[str]) -> Iterator[tuple[str, Callable[[], None]]]:
     """(what gives it, what raises ValueError or OSError where it cannot serve) of each input of these stages."""
     data = config.data
-    if "ingest" in stages or ("tokenizer" in stages and config.tokenizer.learned):
+    learned = config.tokenizer.learned and config.init.source is None
+    if "ingest" in stages or ("tokenizer" in stages and learned):
         yield "--corpus", partial(_look_at_corpus, data)
-    if "tokenizer" in stages and config.tokenizer.source == "bpe":
+    if "tokenizer" in stages and learned and config.tokenizer.source == "bpe":
         yield "--set model.vocab_size", partial(check_size, config.model.vocab_size)
     if "conversations" not in stages:
         return

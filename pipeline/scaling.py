@@ -18,6 +18,10 @@ MOST_PASSES = 4  # over a corpus teach about as much as new text: Muennighoff et
 LEAST_STEPS = 100
 TOTAL_BATCH_SIZE = {"base": 524_288, "mid": 524_288, "sft": 32_768}  # tokens a step
 
+# How what was trained elsewhere goes on, by whatever optimizer it was made: as is usual for tuning all weights, and in
+# RL, whose lr_scale is 1/20, at 1e-6.
+BEGUN = {"optimizer": "adamw", "adamw_lr": 2e-5}
+
 # Records of the sources of the usual mixtures, and tokens that one comes to. The second are estimates.
 RECORDS = {
     ("hub:HuggingFaceTB/smol-smoltalk", "train"): 460_341,
@@ -104,6 +108,9 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     Raises DivisionError where batch, sequence length, workers and device batch do not divide. Between MIN and MAX
     workers rows need not divide: some have one row more.
     """
+    begun = config["init"]["source"] is not None
+    if begun:
+        config = config | {stage: config[stage] | BEGUN for stage in ("mid", "sft", "rl")}
     shape = ModelConfig(**config["model"])
     parameters = shape.spec().parameters
     fewest, most = config["workers"]
@@ -125,7 +132,7 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
             train["total_batch_size"] = max(a_row_each, tokens // length) * length
         train["schedule"] = train["schedule"] or ("wsd" if shape.family == "depth" else "cosine")
         filled[stage] = train
-        if stage != "base" and not data[stage]:  # it has nothing to learn from, and will not run
+        if begun if stage == "base" else not data[stage]:  # it has nothing to learn from, and will not run
             continue
         rows = rows_per_rank(train["total_batch_size"], length, most if fewest == most else 1, stage)
         if "device_batch_size" not in given.get(stage, {}):
@@ -136,6 +143,8 @@ def derive(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         elif rows < most:
             raise DivisionError(f"{stage}.total_batch_size is {rows} rows, too few for --workers {fewest}:{most}")
     base = filled["base"]
+    if begun:
+        return filled
     if base["steps"] is None and base["hours"] is None and base["budget_usd"] is None:
         base["steps"] = max(1, (base["tokens"] or wanted) // base["total_batch_size"])
     if data["shards"] is None and data["corpus"] in CORPORA:

@@ -112,6 +112,25 @@ class DataConfig(Section):
         return identity
 
 
+class InitConfig(Section):
+    """A model that exists, to begin from in place of tokenizer, base and, where it has learned to chat, mid."""
+
+    source: str | None = Field(
+        None,
+        description="model to begin from, in place of tokenizer and base: Hugging Face directory or hub:OWNER/NAME",
+    )
+    own_chat: bool = Field(
+        True, description="it keeps the chat format of its own, where it has one; else it learns ours"
+    )
+    mid: bool | None = Field(None, description="go on with mid; unset: where the model has learned no chat format yet")
+    digest: str | None = Field(None, description="of what source names", json_schema_extra=FOUND)
+    revision: str | None = Field(None, description="commit of the hub's repository", json_schema_extra=FOUND)
+
+    def identity(self) -> dict[str, Any]:
+        """A directory by what it holds, wherever it lies."""
+        return {"model": self.digest or self.revision, "own_chat": self.own_chat}
+
+
 SHAPE = ("layers", "width", "heads", "kv_heads", "ffn_width")  # of the model, which `depth` sets by a rule
 
 
@@ -130,10 +149,16 @@ class ModelConfig(Section):
     rope_base: float | None = Field(None, gt=1)
     tied: bool | None = Field(None, description="one matrix for embedding and output head")
     biases: bool | None = Field(None, description="biases in gpt2's linear layers and norms")
+    found: ModelSpec | None = Field(
+        None, description="shape of the model that init.source names", json_schema_extra=FOUND
+    )
 
     def spec(self, vocab_size: int | None = None) -> ModelSpec:
         """The model's shape, with the vocabulary a tokenizer really has where that is known; ValueError for a shape
         that cannot be."""
+        if self.found is not None:
+            size, places = vocab_size or self.vocab_size, self.found.places
+            return dataclasses.replace(self.found, vocab_size=size, sequence_len=self.sequence_len, positions=places)
         rule = ModelSpec.from_dial(
             self.family, self.depth, vocab_size or self.vocab_size, self.sequence_len, self.width
         )

@@ -22,7 +22,7 @@ from corpus.packing import pack
 from corpus.rows import Index, RowWriter
 from corpus.sources import ROW_KINDS, SYNTHETIC, changed_text, skipped_files, stamps
 from corpus.synthetic import Split
-from corpus.tokenizers import Tokenizer, lacking
+from corpus.tokenizers import ANSWER_ENDS, Tokenizer, lacking
 from stages.config import NONE, DataConfig
 from stages.context import StageContext
 from tasks.arithmetic import Arithmetic
@@ -150,7 +150,7 @@ def ingest_mixture(
     examples: dict[str, dict[str, str]] = {name: {} for name in parts}  # the first fault of each reason
     held_out: dict[bytes, Packed] = {}
     trained: set[bytes] = set()  # hashes, so that no conversation is on both sides
-    end = tokenizer.special("<|assistant_end|>")
+    end = tokenizer.special(ANSWER_ENDS[0])
 
     def training() -> Iterator[Packed]:
         """What is held out goes to the side as it comes by."""
@@ -161,7 +161,7 @@ def ingest_mixture(
                 if isinstance(found, UnusableError):
                     raise found
                 ids, mask = render(found, tokenizer, row_len)
-                shortened[name] += int((ids == end).sum()) < answers(found)
+                shortened[name] += int(((ids == end) & (mask == 1)).sum()) < answers(found)
             except UnusableError as error:
                 left_out[name][error.reason] += 1
                 examples[name].setdefault(error.reason, f"conversation {read[name]:,}: {error}")

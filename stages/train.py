@@ -26,7 +26,7 @@ from stages.training.parallel import World, initial_device
 from stages.training.schedule import Schedule
 from stages.training.state import Checkpoints, publish_model, scratch_bytes
 
-WEIGHTS_FROM = {"base": None, "mid": "base", "sft": "mid"}
+MODELS = ("mid", "base")  # the stages that another may begin with the weights of
 
 
 def run(
@@ -106,8 +106,8 @@ def initial_model(
     context: StageContext, shape: ModelConfig, vocab_size: int, seed: int, device: str = "cpu"
 ) -> LanguageModel:
     """New weights for base, those of the stage before for mid and sft; on the "meta" device these are its source."""
-    source = WEIGHTS_FROM[context.stage]
-    if source:
+    source = next((stage for stage in MODELS if stage in context.upstream), None)
+    if source is not None:
         return from_pretrained(context.fetch(source), device=device)
     model = build(shape.spec(vocab_size), device)
     if device == "meta":

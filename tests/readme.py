@@ -20,6 +20,7 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+from begun import checkpoint
 from conftest import SETTINGS, flags
 from runs import ROOT
 from test_scoring import make_bundle
@@ -31,6 +32,7 @@ SMALLER = {
     "make demo ": f"make demo ARGS='{SHORT} --set rl.eval_every=0' ",
     "make test ": "make test ARGS='tests/test_mixture.py' ",
     "--depth 4 --name mine": f"--preset smoke --name mine {SHORT} --set rl.require_signal=false",
+    "--init /models/Qwen3-0.6B --name": "--preset smoke --set model.sequence_len=256 --init MODEL --name",
     "fathom run ...": ".venv/bin/fathom run --preset smoke --chat CHAT --gsm8k none --dry-run",
     "--set data.sft.smoltalk=none": "--set data.sft.chat=none --set data.sft.own.source=CHAT",
     "--preset demo --json probe.json": "--preset smoke --device-batch 1,2 --json probe.json",
@@ -54,6 +56,7 @@ PLACES = {
     "/data/core": "BUNDLE",
     "/data/evaluation": "EVALUATION",
     "identity.jsonl": "CHAT",
+    "/models/Qwen3-0.6B": "MODEL",
 }
 
 
@@ -77,8 +80,10 @@ def write_data(folder: Path) -> dict[str, Path]:
     for split in ("train", "test"):
         problems = Arithmetic(2_000, seed=0).problems("train" if split == "train" else "test")
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(vars(p)) + "\n" for p in problems))
+    checkpoint("qwen3", folder / "model")
     own = {"BOOKS": folder / "books.parquet", "CHAT": folder / "chat.jsonl", "PROBLEMS": folder}
-    shutil.copytree(folder, folder / "evaluation/gsm8k", ignore=shutil.ignore_patterns("evaluation"))
+    own |= {"MODEL": folder / "model"}
+    shutil.copytree(folder, folder / "evaluation/gsm8k", ignore=shutil.ignore_patterns("evaluation", "model"))
     return own | {"EVALUATION": folder / "evaluation", "BUNDLE": make_bundle(folder / "bundle")}
 
 

@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from taught import CALL, SUM, parts, taught
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from cluster import hub
 from corpus.conversation import render_prompt
 from corpus.tokenizers import Tokenizer
 from models.build import build
 from models.generate import Sampling, TorchEngine
 from models.hf import from_pretrained, save_pretrained
 from models.spec import Family, ModelSpec
-from pipeline import cli, export, model
+from pipeline import cli, export
 from serving.speaker import Speaker
 
 
@@ -266,13 +267,14 @@ def test_a_repository_of_the_hub_is_what_was_exported(line: Run, tmp_path: Path)
     assert b"license: mit" in again["README.md"] and b"line:base" in again["README.md"]
 
 
-def test_a_hub_out_of_reach_is_told(tmp_path: Path) -> None:
+def test_a_hub_out_of_reach_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the way up and on the way down, by the library's own error."""
     api = HfApi(endpoint="http://127.0.0.1:9", token=TOKEN)
     with pytest.raises(ValueError, match=r"hub:me/model cannot be written to: .*refused; check the name"):
         export._upload(api, tmp_path, "me/model", False, "a")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: api.create_repo("me/model"))
     with pytest.raises(ValueError, match=r"hub:me/model cannot be downloaded: .*refused; check the name"):
-        model._download("hub:me/model", lambda: str(api.create_repo("me/model")))
+        hub.fetch("hub:me/model")
 
 
 def test_an_export_is_a_model_like_its_stage(folder: Path) -> None:

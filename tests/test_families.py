@@ -39,6 +39,20 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
         SMALL | {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     ),
     "llama, wide heads": ("llama", SMALL | {"head_dim": 32}),
+    "llama, scaled as 3.1": (
+        "llama",
+        SMALL
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
     "qwen3": ("qwen3", SMALL | {"num_key_value_heads": 2}),
     "qwen3, wide heads, tied": (
         "qwen3",
@@ -156,12 +170,11 @@ def test_exported_weights_are_views_without_padding(spec: ModelSpec) -> None:
         (  # as transformers 4 wrote it, and Llama 3.1 has it
             "llama",
             {
-                "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
-                | {"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+                "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
                 "rope_theta": 500_000.0,
                 "rope_parameters": None,
             },
-            "rope_parameters.rope_type is 'llama3'",
+            "rope_parameters.rope_type is 'yarn'",
         ),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window is True"),
         ("qwen3", {"attention_bias": True}, "attention_bias is True"),
@@ -189,6 +202,9 @@ def test_a_rope_base_where_older_versions_wrote_it_is_read(tmp_path: Path) -> No
     del config["rope_parameters"]
     path.write_text(json.dumps(config))
     assert read_spec(tmp_path) == replace(SPECS["llama"], rope_base=500_000.0)
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    path.write_text(json.dumps(config | {"rope_scaling": {"rope_type": "llama3"} | scaling}))
+    assert read_spec(tmp_path).rope_scaling == (8.0, 1.0, 4.0, 32)
 
 
 @pytest.mark.parametrize(

@@ -18,18 +18,23 @@ from typing import Any
 
 import pytest
 import torch
+from begun import checkpoint
 from test_models import random_model
 
 from corpus.chat_template import CALCULATORS, MARK
 from corpus.conversation import render_prompt
+from corpus.own_chat import CALL, RESULT
 from corpus.tokenizers import Tokenizer
 from models.generate import Sampling
-from models.hf import engine_state, from_pretrained, save_pretrained
+from models.hf import engine_state, from_pretrained, grown, save_pretrained
 from models.layers import LanguageModel
 from models.spec import ModelSpec
 from models.vllm_engine import CPU_ENV, VLLMEngine
 from models.vllm_plugin import register
+from stages.begin import look
+from stages.config import InitConfig
 from stages.rl.weights import digest
+from stages.training.state import export
 
 NEW_TOKENS = 64
 # Heads of 32, as vLLM's CPU kernels know no smaller ones.
@@ -211,6 +216,24 @@ def test_vllm_agrees_with_the_model(
         assert len(said.streamed) == NEW_TOKENS
         assert min(min(lp) for lp in said.logprobs) < -1, "logprobs of a certain model would agree with anything"
     assert served[0].greedy != served[1].greedy
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_vllm_serves_a_model_that_ours_began_from(name: str, child: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """In its own chat format, with its rope scaling and with the rows that are new to it."""
+    checkpoint(name, tmp_path / "theirs")
+    spec = look(InitConfig(source=str(tmp_path / "theirs"))).spec
+    own = Tokenizer.of_model(tmp_path / "theirs", spec.vocab_size)
+    model = grown(tmp_path / "theirs", spec, [own.special(token) for token in (*CALL, *RESULT)])
+    export(model, own, tmp_path / "ours")
+    chat = [{"role": "user", "content": "How many?"}]
+    [prompt] = child.submit(chat_prompts, tmp_path / "ours", [chat]).result(timeout=300)
+    assert prompt == render_prompt(chat, own)
+    served, _ = child.submit(serve, tmp_path / "ours", tmp_path / "ours", [prompt]).result(timeout=120)
+    assert served.greedy == [greedy_tokens(model, prompt)]
+    torch.testing.assert_close(
+        torch.tensor(served.logprobs[0]), logprobs_of(model, prompt, served.sampled[0]), atol=1e-4, rtol=0
+    )
 
 
 def test_no_message_steers_vllms_chat_out_of_its_turn(

@@ -28,6 +28,7 @@ from pipeline.reporting.blocks import (
 )
 from pipeline.reporting.curves import RECORDED, charts, points_each
 from pipeline.reporting.facts import Answered, RunFacts, StageFacts
+from pipeline.scaling import BEGUN
 from pipeline.timing import Calibration
 from pipeline.tracking import duration, key_metrics
 from stages.config import FOUND
@@ -479,7 +480,8 @@ def data(run: RunFacts) -> list[Block]:
             for stage in ("mid", "sft")
             for name, part in getattr(run.config.data, stage).items()
         ]
-        blocks.append(Table(["", ""], [["corpus of base", run.config.data.corpus]]))
+        begun = run.config.init.source
+        blocks.append(Table(["", ""], [["begun from", begun] if begun else ["corpus of base", run.config.data.corpus]]))
         if parts:
             blocks.append(Table(["part", "source", "rows at most", "repeats", "weight"], parts, "Mixture"))
     return blocks or [Text("Nothing is read yet.")]
@@ -576,7 +578,9 @@ def settings_of(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     if config.rl.environment is not None:
         tree["rl"]["environment"] = config.rl.environment.path
-    hidden = {f"data.{n}" for n, f in type(config.data).model_fields.items() if f.json_schema_extra == FOUND}
+    sections = {"data": config.data, "init": config.init, "model": config.model}
+    fields = [(f"{name}.{key}", f) for name, c in sections.items() for key, f in type(c).model_fields.items()]
+    hidden = {key for key, field in fields if field.json_schema_extra == FOUND}
     hidden |= {"preset", "name", "storage"}
     settled = flat(tree)
     return {k: v for k, v in settled.items() if k not in hidden and not any(k.startswith(f"{h}.") for h in hidden)}
@@ -593,7 +597,8 @@ def settings(run: RunFacts) -> list[Block]:
     ]
     if not rows:
         return [Text("None: everything is as this depth sets it.")]
-    title = f"Beside what depth {run.config.model.depth} sets by itself"
+    depth, begun = run.config.model.depth, run.config.init.source
+    title = f"Beside what {f'depth {depth}' if begun is None else '--init'} sets by itself"
     return [Table(["setting", "here", "default", "set by"], rows[:MOST_SETTINGS], title)]
 
 
@@ -608,8 +613,19 @@ def shown(value: Any) -> str:
 
 
 def defaults_of(config: Config) -> dict[str, Any]:
-    """What a run of this depth and family would be, with nothing else said."""
-    return settings_of(load_config(None, {"model": {"depth": config.model.depth, "family": config.model.family}}))
+    """What a run of this depth and family, or that begins from this model, would be, with nothing else said."""
+    found = settings_of(load_config(None, {"model": {"depth": config.model.depth, "family": config.model.family}}))
+    if config.model.found is None:
+        return found
+    settled = {k: v for k, v in settings_of(config).items() if _settled_by_init(k)}
+    length = {"model.sequence_len": min(found["model.sequence_len"], config.model.found.places)}
+    return found | settled | length | {f"{s}.{k}": v for s in ("mid", "sft", "rl") for k, v in BEGUN.items()}
+
+
+def _settled_by_init(key: str) -> bool:
+    """Whether `--init` settles a setting, or leaves it without a use."""
+    unused = key.startswith(("model.", "base.", "tokenizer.")) and key != "model.sequence_len"
+    return unused or key in ("init.source", "data.shards")
 
 
 def preset_of(config: Config) -> dict[str, Any] | None:
@@ -643,11 +659,15 @@ def command(config: Config) -> str:
     start = preset_of(config)
     words = ["fathom", "run", *(["--preset", config.preset] if start is not None and config.preset else [])]
     before = start if start is not None else defaults_of(config)
-    if start is None:
+    if config.init.source is not None:
+        words += ["--init", config.init.source]
+    elif start is None:
         words += ["--depth", str(config.model.depth), "--family", config.model.family]
     words += ["--name", config.name]
     mine = settings_of(config)
     special = {"with_rl", "workers", "model.depth", "model.family"}
+    if config.init.source is not None:
+        special |= {key for key in mine if _settled_by_init(key)}
     if mine["with_rl"] != before["with_rl"]:
         words.append("--with-rl" if config.with_rl else "--no-with-rl")
     if mine["workers"] != before["workers"]:

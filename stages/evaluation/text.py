@@ -60,7 +60,7 @@ class Ours:
                 return []
 
         call = (special("<|python_start|>"), special("<|python_end|>")) if tool else None
-        return Turns((special(ANSWER_ENDS[0]),), call, answer)
+        return Turns(tuple(self.tokenizer.ids(ANSWER_ENDS[0])), call, answer)
 
 
 class _Theirs:

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map_only
 from cluster import manifest
 from cluster.manifest import Manifest
 from cluster.storage import DamagedError, FileEntry, Storage, StorageError
-from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, PADDING, Tokenizer
+from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, Tokenizer
 from models.build import build
 from models.hf import save_pretrained
 from models.layers import LanguageModel
@@ -114,9 +114,9 @@ def export(
 ) -> None:
     """Writes into `directory` what transformers and vLLM load; with any of the special tokens `ends` it stops, and with
     a `temperature` it is sampled unless the caller says otherwise."""
-    stops, pad = [tokenizer.special(name) for name in ends], tokenizer.special(PADDING)
+    stops, pad = [i for name in ends for i in tokenizer.ids(name)], tokenizer.padding
     save_pretrained(model, directory, tokenizer.bos, stops, pad, dtype, temperature)
-    tokenizer.save(directory, ends[0], model.spec.sequence_len)
+    tokenizer.save(directory, ends[0], model.spec.places)
 
 
 def export_checkpoint(
