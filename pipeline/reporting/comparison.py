@@ -124,8 +124,8 @@ def _curves(runs: list[RunFacts]) -> list[Block]:
 def _settings(runs: list[RunFacts]) -> list[Block]:
     of_runs = {run.name: settings_of(run.config) for run in runs if run.config}
     keys = dict.fromkeys(key for settings in of_runs.values() for key in settings)
-    values = [[key, *(settings.get(key) for settings in of_runs.values())] for key in keys]
-    rows = [[key, *map(shown, row)] for key, *row in values if any(value != row[0] for value in row)]
+    values = {key: [settings.get(key) for settings in of_runs.values()] for key in keys}
+    rows = [[key, *map(shown, row)] for key, row in values.items() if any(value != row[0] for value in row)]
     blocks: list[Block] = [
         Text(f"The configuration of {run.name} cannot be read.", "bad") for run in runs if run.config is None
     ]
