@@ -161,7 +161,9 @@ def test_storage_of_one_node_is_refused_on_several(tmp_path: Path) -> None:
     check_shared(load_config("demo", ours), Devices("cpu", 0, 2, nodes=1))
     check_shared(load_config("demo", {"storage": "s3://bucket/runs"}), several)
     arguments = build_parser().parse_args(["--preset", "demo", "--storage", str(tmp_path), "--shared-storage"])
-    check_shared(config_from_args(arguments), several)
+    shared = config_from_args(arguments)
+    assert shared == load_config("demo", ours | {"shared_storage": True})
+    check_shared(shared, several)
 
 
 def test_a_job_uploads_neither_runs_nor_data(tmp_path: Path) -> None:
