@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -30,7 +31,8 @@ def memory(server: Command) -> int:
 def fuzz(program: str, url: str, examples: int, seed: int) -> int:
     flags = ["--mode", "all", "--checks", "not_a_server_error", "--max-examples", str(examples), "--seed", str(seed)]
     flags += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "60", "--continue-on-failure"]
-    return subprocess.run([program, "run", f"{url}/openapi.json", *flags], check=False).returncode
+    with tempfile.TemporaryDirectory() as folder:  # where it keeps what it found
+        return subprocess.run([program, "run", f"{url}/openapi.json", *flags], check=False, cwd=folder).returncode
 
 
 def main() -> int:
