@@ -317,6 +317,7 @@ SETTINGS = {
     "rl.require_signal": False,
     "rl.engine": "torch",
     "rl.eval_every": 0,
+    "evaluate.tasks": "none",
     "evaluate.problems": 2,
     "evaluate.samples": 1,
     "evaluate.max_new_tokens": 8,
@@ -338,7 +339,7 @@ def test_the_line_goes_on_from_it_and_gives_it_away_again(
 
     directory, _ = theirs[name]
     run = Run(tmp_path, name, ["--preset", "demo", "--init", str(directory), "--with-rl", *flags(SETTINGS)])
-    result = run.go(seconds=400)
+    result = run.go(seconds=600)
     assert result.code == 0, result.output
     states = run.states()
     assert ("mid" in states) == (name == "gpt2") and "ingest" not in states
