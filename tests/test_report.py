@@ -527,6 +527,16 @@ def test_figures_near_the_end_of_what_a_number_can_be_have_a_report(tmp_path: Pa
     assert "of 1e+299 held-out problems" in section(found, "At a glance")
 
 
+@pytest.mark.parametrize(("name", "value"), [("heads", 3), ("kv_heads", 10**400), ("ffn_width", 10**400)])
+def test_a_configuration_of_no_model_that_can_be_costs_no_report(tmp_path: Path, name: str, value: int) -> None:
+    made = Made(tmp_path).whole()
+    raw = made.config.model_dump(mode="json")
+    raw["model"][name] = value
+    made.store.storage.write_json("config.json", raw)
+    said = section(made.report(), "Incidents")
+    assert "the configuration is of no model that can be: " in said and len(said) < 500
+
+
 FILES = {
     "base": ("manifest.json", METRICS),
     "mid": ("manifest.json", "progress.json"),

@@ -163,6 +163,11 @@ def collect(store: RunStore) -> RunFacts:
     """The facts of a run. Raises FileNotFoundError for one that storage does not know."""
     states, unread = run_states(store), list[str]()
     config = store.recorded()
+    try:
+        float(config.model.spec().parameters if config else 0)
+    except (ValueError, OverflowError) as error:  # it was written by somebody, or by another version
+        unread.append(f"the configuration is of no model that can be: {str(error)[:200]}")
+        config = None
     stages = [_stage(store, state, config, unread) for state in states]
     return RunFacts(store.run, store.storage.uri, config, stages, attempts(store.storage), unread)
 
