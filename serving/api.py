@@ -9,7 +9,7 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -141,7 +141,19 @@ async def _response(answering: Awaitable[Answer]) -> Response:
         raise ApiError(400, str(error)) from error
     if isinstance(answer, dict):
         return JSONResponse(answer)
-    return StreamingResponse(answer, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return Stream(answer, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+class Stream(StreamingResponse):
+    """Closes what it streams, whatever ends it: a generator that is left between two pieces would have the engine go on
+    until it is collected."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if isinstance(self.body_iterator, AsyncGenerator):
+                await self.body_iterator.aclose()
 
 
 def _refusal(error: ApiError) -> JSONResponse:

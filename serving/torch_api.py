@@ -269,7 +269,8 @@ class TorchApi:
         loop = asyncio.get_running_loop()
 
         def told(n: int, token: Token | Exception) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, (n, token))
+            if not loop.is_closed():  # as of a server that has ended
+                loop.call_soon_threadsafe(news.put_nowait, (n, token))
 
         keys = {}
         try:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from taught import CONTEXT, HOSTILE, KNOWN, LETTERS, SUM, taught
 
 from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, Tokenizer
 from models.hf import from_pretrained
-from serving.api import Bounds
+from serving.api import Bounds, Stream
 from serving.torch_api import TorchApi
 from stages.training.state import export
 
@@ -265,6 +265,30 @@ def test_a_client_that_leaves_ends_its_work(engine: TorchApi, monkeypatch: pytes
         assert not wait_for_idle(engine)
 
 
+def test_a_stream_that_is_cut_off_closes_what_it_streams() -> None:
+    """Also where it is cut off while a piece is sent, and something still holds what makes the pieces."""
+    closed: list[bool] = []
+
+    async def pieces() -> AsyncGenerator[str, None]:
+        try:
+            while True:
+                yield "piece"
+        finally:
+            closed.append(True)
+
+    async def never(message: Any = None) -> Any:
+        await asyncio.sleep(60 if message is None or "body" in message else 0)
+
+    async def cut_off() -> None:
+        made = pieces()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await Stream(made)({"type": "http", "asgi": {"spec_version": "2.4"}}, never, never)
+        assert closed
+
+    asyncio.run(cut_off())
+
+
 def test_requests_at_once_are_not_mixed_up(client: OpenAI) -> None:
     """Each gets what it gets alone."""
     questions = [*KNOWN] * 2
@@ -285,7 +309,8 @@ def test_base_goes_on_with_text_and_does_not_chat(model: Path, tmp_path: Path) -
     export(from_pretrained(model), Tokenizer.load(model), tmp_path, DOCUMENT_ENDS)
     with served(TorchApi(tmp_path, NAME, on_gpu=False), None) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        assert client.completions.create(model=NAME, prompt=["Tom", "Tom"], temperature=0).choices[0].text
+        first, second = client.completions.create(model=NAME, prompt=["Tom", "Tom"], temperature=0).choices
+        assert first.text == second.text
         with pytest.raises(openai.BadRequestError, match="not learned to chat"):
             client.chat.completions.create(model=NAME, messages=asked(SUM))
 
