@@ -533,8 +533,7 @@ def test_a_configuration_of_no_model_that_can_be_costs_no_report(tmp_path: Path,
     raw = made.config.model_dump(mode="json")
     raw["model"][name] = value
     made.store.storage.write_json("config.json", raw)
-    said = section(made.report(), "Incidents")
-    assert "the configuration is of no model that can be: " in said and len(said) < 500
+    assert "the configuration is of no model that can be: " in section(made.report(), "Incidents")
 
 
 FILES = {
