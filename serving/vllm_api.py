@@ -44,8 +44,10 @@ class VLLMApi:
         self._state: Any = State()
         await init_app_state(self._engine, self._state, args, await self._engine.get_supported_tasks())
         prompt: Any = {"prompt_token_ids": [self.voice.text.bos]}
+        # What vLLM cannot compute, such as heads of an odd size, it raises at the first request only: so one token is
+        # sampled for that error, which ends the replica's start.
         async for _ in self._engine.generate(prompt, SamplingParams(max_tokens=1), "first"):
-            pass  # what it cannot compute, such as heads of an odd size, it says only now
+            pass
 
     async def check(self) -> None:
         await self._engine.check_health()

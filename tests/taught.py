@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from corpus.conversation import render
 from corpus.tokenizers import ANSWER_ENDS, Tokenizer
@@ -52,3 +55,13 @@ def taught(directory: Path, family: Family = "depth", steps: int = 150, heads: i
     assert loss is not None and loss < 0.05, f"the model has not learnt its lines: {loss}"
     export(model, tokenizer, directory, ANSWER_ENDS)
     return tokenizer
+
+
+def endless(model: Path, directory: Path, places: int) -> Path:
+    """A copy in `directory` of the taught model that never ends an answer, and has a context of so many tokens."""
+    shutil.copytree(model, directory)
+    config, weights = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": places}))
+    weights["lm_head.weight"][Tokenizer.load(model).special(ANSWER_ENDS[0])] = 0  # so it never is the likeliest
+    save_file(weights, directory / "model.safetensors")
+    return directory

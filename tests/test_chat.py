@@ -9,7 +9,6 @@ import os
 import pty
 import re
 import select
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ import numpy as np
 import pytest
 import torch
 from runs import ROOT, environment
-from safetensors.torch import load_file, save_file
-from taught import CALL, CONTEXT, HOSTILE, KNOWN, LETTERS, SUM, parts, taught
+from taught import CALL, CONTEXT, HOSTILE, KNOWN, LETTERS, SUM, endless, parts, taught
 
 from corpus.conversation import from_record, render
-from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, Tokenizer
+from corpus.tokenizers import DOCUMENT_ENDS, Tokenizer
 from models.generate import Sampling, TorchEngine, shaped
 from models.hf import from_pretrained
 from pipeline import cli
@@ -277,12 +275,7 @@ def test_a_conversation_in_a_terminal(model: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(model: Path, tmp_path: Path) -> None:
     """What was said until then stays said."""
-    shutil.copytree(model, endless := tmp_path / "endless")
-    config, weights = json.loads((endless / "config.json").read_text()), load_file(endless / "model.safetensors")
-    (endless / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8_192}))
-    weights["lm_head.weight"][Tokenizer.load(model).special(ANSWER_ENDS[0])] = 0  # so it never is the likeliest
-    save_file(weights, endless / "model.safetensors")
-    screen = Screen(endless, tmp_path)
+    screen = Screen(endless(model, tmp_path / "endless", 8_192), tmp_path)
     try:
         screen.prompted()
         screen.type(f"{SUM}\r")

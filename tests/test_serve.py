@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import shutil
 import time
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +17,9 @@ import pytest
 import torch
 from api import BOUNDS, KEY, NAME, command, served, slow_and_endless
 from openai import OpenAI
-from safetensors.torch import load_file, save_file
-from taught import CONTEXT, HOSTILE, KNOWN, LETTERS, SUM, taught
+from taught import CONTEXT, HOSTILE, KNOWN, LETTERS, SUM, endless, taught
 
-from corpus.tokenizers import ANSWER_ENDS, DOCUMENT_ENDS, Tokenizer
+from corpus.tokenizers import DOCUMENT_ENDS, Tokenizer
 from models.hf import from_pretrained
 from serving.api import Bounds, Stream
 from serving.torch_api import TorchApi
@@ -335,12 +333,7 @@ def test_the_torch_engine_says_what_it_lacks(engine: TorchApi) -> None:
 
 def test_sigterm_lets_what_streams_come_to_its_end(model: Path, tmp_path: Path) -> None:
     """And the command ends well, with nothing left behind."""
-    shutil.copytree(model, endless := tmp_path / "endless")
-    config, weights = json.loads((endless / "config.json").read_text()), load_file(endless / "model.safetensors")
-    (endless / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2_048}))
-    weights["lm_head.weight"][Tokenizer.load(model).special(ANSWER_ENDS[0])] = 0  # so it never is the likeliest
-    save_file(weights, endless / "model.safetensors")
-    with command(endless, "--engine", "torch") as (url, server):
+    with command(endless(model, tmp_path / "endless", 2_048), "--engine", "torch") as (url, server):
         body = {"messages": asked("letters?"), "temperature": 0, "stream": True, "max_tokens": 1_000}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
